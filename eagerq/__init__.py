@@ -1,0 +1,57 @@
+"""eagerq: quantization-aware training for PyTorch by module swap, without tracing."""
+
+from eagerq import errors
+from eagerq.checkpoint import load_checkpoint
+from eagerq.deploy import export_onnx
+from eagerq.errors import EagerqError
+from eagerq.nn.modules.batchnorm import freeze_bn_stats, update_bn_stats
+from eagerq.patterns import DEFAULT_PATTERNS, Patterns
+from eagerq.plan import FusionPlan, Match, Skip
+from eagerq.quant import (
+    PRESETS,
+    FakeQuantize,
+    QConfig,
+    QConfigMapping,
+    QuantSpec,
+    disable_fake_quant,
+    disable_observer,
+    enable_fake_quant,
+    enable_observer,
+)
+from eagerq.record import float_state_dict
+from eagerq.verify import Comparison, compare_modules
+from eagerq.workflow import Report, convert, convert_qat, fuse_modules, plan_fusion, report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DEFAULT_PATTERNS",
+    "PRESETS",
+    "Comparison",
+    "EagerqError",
+    "FakeQuantize",
+    "FusionPlan",
+    "Match",
+    "Patterns",
+    "QConfig",
+    "QConfigMapping",
+    "QuantSpec",
+    "Report",
+    "Skip",
+    "compare_modules",
+    "convert",
+    "convert_qat",
+    "disable_fake_quant",
+    "disable_observer",
+    "enable_fake_quant",
+    "enable_observer",
+    "errors",
+    "export_onnx",
+    "float_state_dict",
+    "freeze_bn_stats",
+    "fuse_modules",
+    "load_checkpoint",
+    "plan_fusion",
+    "report",
+    "update_bn_stats",
+]

@@ -1,0 +1,222 @@
+"""Write a deployed model as ONNX with integer weights and QuantizeLinear / DequantizeLinear pairs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eagerq.checks import check_model
+from eagerq.errors import ExportError, InputsError, StateError
+from eagerq.extras import require
+from eagerq.inputs import Inputs, runs_for
+from eagerq.nn.quantized import is_deployed
+from eagerq.record import record_of
+
+OPSETS = range(18, 24)
+
+
+def export_onnx(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any = None, *, opset: int = 18) -> Path:
+    """Write ``model`` to ``path`` as an ONNX file that integer engines run as integers.
+
+    Weights are int8 and biases int32 initializers behind DequantizeLinear; every fixed quantizer is
+    a QuantizeLinear, DequantizeLinear pair. The batch axis (axis 0 of each input) is dynamic where the
+    model allows. The graph is checked by ONNX's checker and written beside ``path``, then renamed.
+
+    On x86 processors without VNNI, ONNX Runtime's u8 x s8 kernels saturate: set the session option
+    ``session.x64quantprecision`` to ``1`` there.
+
+    Args:
+        model: what ``convert`` returned.
+        path: the file to write.
+        example_inputs: as for ``plan_fusion``; None takes those the model was fused or converted with.
+        opset: ONNX operator set, 18 to 23.
+
+    Returns:
+        The path written.
+
+    Raises:
+        StateError: if the model is not deployed.
+        InputsError: if there are no example inputs.
+        ExportError: if torch.export cannot capture the model, the checker rejects the graph or the
+            file cannot be written; no file is left.
+        MissingExtraError: without ``onnx`` or ``onnxscript``.
+    """
+    onnx = require("onnx", "onnx")
+    require("onnxscript", "onnx")
+    check_model(model)
+    if not is_deployed(model):
+        raise StateError("wanted a deployed model, found one without integer weights; call eagerq.convert first.")
+    if opset not in OPSETS:
+        raise ExportError(f"wanted an opset from {OPSETS.start} to {OPSETS.stop - 1}, found {opset!r}.")
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise ExportError(f"wanted an existing folder for {target}, found none at {target.parent}; create it first.")
+    if target.is_dir():
+        raise ExportError(f"wanted a file to write, found the folder {target}; add a file name.")
+    proto = _exported(model, _example(model, example_inputs), opset)
+    _tidy(onnx, proto)
+    _unshare_zero_points(onnx, proto)
+    proto.producer_name = "eagerq"
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except Exception as error:
+        raise ExportError(f"ONNX's checker rejects the exported graph: {error}") from error
+    _write(target, proto.SerializeToString())
+    return target
+
+
+def _example(model: nn.Module, example_inputs: Any) -> Inputs:
+    runs = runs_for(model, example_inputs)
+    record = record_of(model)
+    if runs is None and record is not None:
+        runs = record.runs
+    if runs is None:
+        raise InputsError("export_onnx wants example inputs, found none; pass example_inputs as model(...) takes them.")
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+    def real(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if value.is_meta:
+            value = torch.zeros_like(value, device=device)
+        # torch.export takes a batch of one for a constant
+        return torch.cat([value, value]) if value.dim() > 1 and value.shape[0] == 1 else value
+
+    run = runs[0]
+    return Inputs(tuple(real(v) for v in run.args), {k: real(v) for k, v in run.kwargs.items()})
+
+
+def _exported(model: nn.Module, run: Inputs, opset: int) -> Any:
+    def batch(value: Any) -> Any:
+        return {0: torch.export.Dim.AUTO} if isinstance(value, Tensor) and value.dim() else None
+
+    simple = all(isinstance(v, Tensor) for v in (*run.args, *run.kwargs.values()))
+    shapes: Any = None
+    if simple:
+        shapes = tuple(batch(v) for v in run.args) if not run.kwargs else None
+        if run.kwargs and not run.args:
+            shapes = {k: batch(v) for k, v in run.kwargs.items()}
+    was_training = model.training
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                model.eval(), run.args, kwargs=run.kwargs, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False
+            )
+        return program.model_proto  # type: ignore[union-attr]
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ExportError(
+            f"torch.export could not capture {type(model).__name__}: {text}"
+            " A model with control flow on tensor values has no ONNX graph; export the part that has none."
+        ) from error
+    finally:
+        model.train(was_training)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints progress and warns of its own internals."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _write(target: Path, data: bytes) -> None:
+    try:
+        handle, beside = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(beside, 0o666 & ~umask)
+            os.replace(beside, target)
+        except BaseException:
+            os.unlink(beside)
+            raise
+    except OSError as error:
+        raise ExportError(f"cannot write {target}: {error.strerror or error}; choose a path that can be written.") from error
+
+
+# --- graph clean-up: forms that engines fuse ------------------------------------------------------
+
+
+def _tidy(onnx: Any, proto: Any) -> None:
+    """Drop activations that change nothing, and name global pooling as engines know it."""
+    graph = proto.graph
+    constants = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
+    producers = {out: node for node in graph.node for out in node.output}
+    renamed: dict[str, str] = {}
+    kept = []
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = renamed.get(name, name)
+        if node.op_type == "Relu" and _is_nonnegative(node.input[0], producers, constants):
+            renamed[node.output[0]] = node.input[0]
+            continue
+        if node.op_type == "ReduceMean" and _is_global_pool(node, constants, graph):
+            node.op_type = "GlobalAveragePool"
+            del node.input[1:]
+            del node.attribute[:]
+        kept.append(node)
+    outputs = {o.name for o in graph.output}
+    if outputs & set(renamed):  # an output keeps its name
+        return
+    del graph.node[:]
+    graph.node.extend(kept)
+    used = {name for node in graph.node for name in node.input} | outputs
+    unused = [i for i in graph.initializer if i.name not in used]
+    for initializer in unused:
+        graph.initializer.remove(initializer)
+
+
+def _unshare_zero_points(onnx: Any, proto: Any) -> None:
+    """Give each weight a zero point of its own: ONNX Runtime replaces them one by one where it turns s8 into u8."""
+    stored = {i.name: i for i in proto.graph.initializer}
+    taken: set[str] = set()
+    for node in proto.graph.node:
+        if (
+            node.op_type != "DequantizeLinear"
+            or len(node.input) < 3
+            or node.input[0] not in stored
+            or node.input[2] not in stored
+        ):
+            continue
+        name = node.input[2]
+        if name in taken:
+            own = onnx.TensorProto()
+            own.CopyFrom(stored[name])
+            own.name = f"{node.input[0]}.own_zero_point"
+            node.input[2] = own.name
+            proto.graph.initializer.append(own)
+        taken.add(name)
+
+
+def _is_nonnegative(name: str, producers: Any, constants: Any) -> bool:
+    """Whether the value comes off a quantizer whose lowest code stands for zero."""
+    node = producers.get(name)
+    while node is not None and node.op_type in ("MaxPool", "Reshape", "Flatten", "Transpose", "Relu"):
+        node = producers.get(node.input[0])
+    if node is None or node.op_type != "DequantizeLinear" or len(node.input) < 3:
+        return False
+    zero = constants.get(node.input[2])
+    return zero is not None and zero.dtype == "uint8" and bool((zero == 0).all())
+
+
+def _is_global_pool(node: Any, constants: Any, graph: Any) -> bool:
+    """A mean over axes 2 and 3 of four that keeps them."""
+    keep = next((a.i for a in node.attribute if a.name == "keepdims"), 1)
+    axes = constants.get(node.input[1]) if len(node.input) > 1 else None
+    if axes is None or not keep:
+        return False
+    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in (*graph.value_info, *graph.input)}
+    return ranks.get(node.input[0]) == 4 and sorted(int(a) % 4 for a in axes.reshape(-1)) == [2, 3]

@@ -1,0 +1,76 @@
+"""timm: norms with activation, padded convolutions, input sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm.layers as layers
+import torch
+from timm.layers import activations as acts
+from timm.layers.norm_act import SyncBatchNormAct
+from torch import nn
+
+from eagerq.integrations import Expansion, retyped
+from eagerq.nn.modules.batchnorm import FrozenBatchNorm2d
+from eagerq.nn.modules.conv import Conv2dSame
+
+ACTIVATIONS: tuple[type[nn.Module], ...] = (
+    acts.Swish,
+    acts.Mish,
+    acts.Sigmoid,
+    acts.Tanh,
+    acts.HardSwish,
+    acts.HardSigmoid,
+    acts.HardMish,
+    acts.PReLU,
+    acts.GELU,
+    acts.GELUTanh,
+    acts.QuickGELU,
+)
+
+
+def _norm_act(module: nn.Module, norm: nn.Module) -> Expansion:
+    """A norm with drop and activation inside: (norm, activation), or the norm alone if something is dropped between."""
+    drop, act = getattr(module, "drop", nn.Identity()), getattr(module, "act", nn.Identity())
+    if type(drop) is not nn.Identity:
+        return Expansion((norm,), nn.Sequential(drop, act).train(module.training))
+    return Expansion((norm,) if type(act) is nn.Identity else (norm, act))
+
+
+def expand(module: nn.Module) -> Expansion | None:
+    """Take timm's own types apart; None for any other."""
+    kind = type(module)
+    if kind is layers.BatchNormAct2d:
+        return _norm_act(module, retyped(module, nn.BatchNorm2d))
+    if kind is SyncBatchNormAct:
+        return _norm_act(module, retyped(module, nn.SyncBatchNorm))
+    if kind is layers.FrozenBatchNormAct2d:
+        norm = retyped(module, FrozenBatchNorm2d)
+        norm.num_features = norm.weight.shape[0]
+        return _norm_act(module, norm)
+    if kind is layers.Conv2dSame:
+        conv = retyped(module, Conv2dSame)
+        conv.same_padding = True
+        return Expansion((conv,))
+    if kind is layers.Linear:
+        return Expansion((retyped(module, nn.Linear),))
+    return None
+
+
+def example_inputs(model: nn.Module) -> torch.Tensor | None:
+    """A batch of two of the size in the model's ``pretrained_cfg``, with the channels its stem takes."""
+    cfg: Any = getattr(model, "pretrained_cfg", None)
+    if cfg is not None and not isinstance(cfg, dict):
+        cfg = vars(cfg)
+    size = (cfg or {}).get("input_size")
+    if not size:
+        return None
+    stem = dict(model.named_modules()).get(str(cfg.get("first_conv")))
+    channels = getattr(stem, "in_channels", size[0])  # create_model(in_chans=...) changes the stem, not the cfg
+    if channels in (4 * size[0], 16 * size[0]):  # a stem after space-to-depth
+        channels = size[0]
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        return None
+    dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
+    return torch.zeros(2, channels, *size[1:], dtype=dtype, device=parameter.device)

@@ -1,0 +1,160 @@
+"""``WithBn`` and ``WithAct``: what a norm and an activation add to any QAT host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eagerq.nn.modules.batchnorm import HoldsNorm, is_foldable, scale_and_shift
+from eagerq.nn.modules.ops import fold
+from eagerq.nn.qat.base import QATBase, QATOp
+from eagerq.quant.spec import QConfigLike
+
+#: A channel whose largest code is below this is trained on its float weight (see ``WithBn``).
+_LEAST_HEALTHY_CODE = 8
+
+
+def _default_norm(op: nn.Module) -> nn.Module:
+    dims = op.weight.dim() - 2  # type: ignore[operator]
+    norms = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+    features = getattr(op, "out_channels", None) or op.out_features
+    return norms[dims](features, device=op.weight.device, dtype=op.weight.dtype)  # type: ignore[arg-type]
+
+
+class WithBn(HoldsNorm, QATOp):
+    r"""A QAT op followed by a batch norm, trained as the folded op that will be deployed.
+
+    In eval it is the folded op: weight :math:`a W` and bias :math:`b + a\,bias`, with
+    :math:`a = \gamma / \sqrt{\sigma^2 + \epsilon}`, quantized.
+
+    In training, with a weight spec that is per channel, symmetric and narrow, the codes of
+    :math:`a W` are those of :math:`W` times :math:`\mathrm{sign}(a)`, so it computes
+    :math:`\mathrm{BN}(\mathrm{op}(x, fq(W)))`: no division, no gradient through :math:`a`.
+
+    Any other spec (one scale a tensor; grouped transposed convolutions) depends on :math:`a`:
+    the textbook form quantizes :math:`a W` and divides by :math:`a` before the norm
+    (Krishnamoorthi, 2018, arXiv:1806.08342). A channel whose :math:`a` is so small that its codes
+    (nearly) vanish keeps its float weight before the norm, so that statistics stay those of the
+    float model, and the deployed weight's error :math:`\mathrm{op}(x, fq(aW) - aW)` is added after it.
+
+    Args:
+        bn: the norm, adopted as it is; None makes a new batch norm of the op's width.
+    """
+
+    bn: nn.Module
+
+    def __init__(self, *args: Any, bn: nn.Module | None = None, qconfig: QConfigLike | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, qconfig=qconfig, **kwargs)
+        self.bn = _default_norm(self) if bn is None else bn
+
+    def _adopt(self, members: list[nn.Module]) -> None:
+        norm = members.pop()
+        super()._adopt(members)
+        self.bn = norm
+        self.freeze_bn = members[0].training and not norm.training
+
+    def norm(self) -> nn.Module:
+        return self.bn
+
+    def is_deployable(self) -> bool:
+        return is_foldable(self.bn)
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        return fold(self, self.effective_weight(), self.bias, *scale_and_shift(self.bn))
+
+    def weight_factor(self) -> Tensor | None:
+        return scale_and_shift(self.bn)[0]
+
+    def quantizes_weight_itself(self) -> bool:
+        spec = self.qconfig.weight
+        return spec is None or (
+            spec.per_channel and spec.symmetric and spec.narrow_range and self.scale_is_per_output(self.weight)
+        )
+
+    def compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.check_norm_input(input)
+        return super().compute(input, *args, **kwargs)
+
+    def train_compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        quantizer = self.weight_fake_quant
+        if quantizer is None or self.quantizes_weight_itself() or not is_foldable(self.bn):
+            out: Tensor = self.bn(super().train_compute(input, *args, **kwargs))
+            return out
+        scale = scale_and_shift(self.bn)[0].detach().to(self.weight.dtype)
+        float_weight = self.effective_weight()
+        scaled = self.scale_weight(float_weight, scale)
+        quantized = quantizer(scaled)
+        if not quantizer.fake_quant_enabled:
+            out = self.bn(self.op(input, float_weight, self.bias, *args, **kwargs))
+            return out
+        with torch.no_grad():
+            used = quantizer.scale if quantizer.observed else quantizer.params_for(scaled)[0]
+            step = quantizer.along_axis(used, scaled.dim()).to(scaled.dtype)
+            healthy = self.output_amax(quantized / step) >= _LEAST_HEALTHY_CODE
+            keep = healthy.to(scaled.dtype)
+            error = self.scale_weight(quantized - scaled, 1 - keep)
+        divided = self.scale_weight(quantized, torch.where(healthy, scale, 1).reciprocal() * keep)
+        weight = divided + self.scale_weight(float_weight, 1 - keep)
+        out = self.bn(self.op(input, weight, self.bias, *args, **kwargs))
+        return out + self.op(input, error, None, *args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # torch.ao's oldest layout keeps the norm's entries in the module itself, under its own names
+        old = {"gamma": "weight", "beta": "bias"}
+        for name in ("gamma", "beta", "running_mean", "running_var", "num_batches_tracked"):
+            if prefix + name in state_dict:
+                state_dict[f"{prefix}bn.{old.get(name, name)}"] = state_dict.pop(prefix + name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class WithAct(QATBase):
+    """A QAT module followed by an activation, adopted as it is; None makes a ReLU."""
+
+    act: nn.Module
+
+    def __init__(self, *args: Any, act: nn.Module | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.act = nn.ReLU() if act is None else act
+
+    def _adopt(self, members: list[nn.Module]) -> None:
+        act = members.pop()
+        super()._adopt(members)
+        self.act = act
+
+    def _runs_itself(self) -> tuple[nn.Module, ...]:
+        return (self.act, *super()._runs_itself())
+
+    def compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out: Tensor = self.act(super().compute(input, *args, **kwargs))
+        return out
+
+
+class NormActQAT(HoldsNorm, QATBase):
+    """A batch norm and an activation with no op before them: float arithmetic, quantized output.
+
+    Args:
+        bn, act: adopted as they are.
+        qconfig: a ``QConfig`` or preset name.
+    """
+
+    def __init__(self, bn: nn.Module, act: nn.Module | None = None, *, qconfig: QConfigLike | None = None) -> None:
+        super().__init__()
+        self.bn = bn
+        self.act = nn.ReLU() if act is None else act
+        self._init_quantizers(qconfig)
+
+    def _adopt(self, members: list[nn.Module]) -> None:
+        self.bn, self.act = members
+        self.freeze_bn = members[1].training and not members[0].training
+
+    def _runs_itself(self) -> tuple[nn.Module, ...]:
+        return (self.bn, self.act)
+
+    def norm(self) -> nn.Module:
+        return self.bn
+
+    def compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out: Tensor = self.act(self.bn(input, *args, **kwargs))
+        return out

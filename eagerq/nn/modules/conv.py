@@ -1,0 +1,32 @@
+"""Float convolutions PyTorch does not have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def pad_same(x: Tensor, kernel_size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
+    r"""Zero-pad the last axes of ``x`` as TensorFlow's ``SAME``: :math:`out = \lceil in / stride \rceil`.
+
+    The odd element of padding goes to the end.
+    """
+    pads: list[int] = []
+    for size, k, s, d in zip(reversed(x.shape), reversed(kernel_size), reversed(stride), reversed(dilation), strict=False):
+        total = max((-(size // -s) - 1) * s + (k - 1) * d + 1 - size, 0)
+        pads += [total // 2, total - total // 2]
+    return F.pad(x, pads)
+
+
+class Conv2dSame(nn.Conv2d):
+    """A Conv2d that pads to TensorFlow's ``SAME`` by the size of each input. Shapes: ``(N, C, H, W)``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.same_padding = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        input = pad_same(input, self.kernel_size, self.stride, self.dilation)
+        return F.conv2d(input, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)

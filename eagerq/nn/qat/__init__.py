@@ -1,0 +1,28 @@
+"""nnqat: QAT standalone modules."""
+
+from eagerq.nn.qat.base import QATBase, QATOp
+from eagerq.nn.qat.modules import (
+    Conv1d,
+    Conv2d,
+    Conv2dSame,
+    Conv3d,
+    ConvTranspose1d,
+    ConvTranspose2d,
+    ConvTranspose3d,
+    Embedding,
+    Linear,
+)
+
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv2dSame",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "Embedding",
+    "Linear",
+    "QATBase",
+    "QATOp",
+]

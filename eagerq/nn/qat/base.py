@@ -1,0 +1,288 @@
+"""What every QAT module shares: fake quantizers around an op, ``from_float``, and what it deploys to."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from eagerq.errors import ModelError, StateError
+from eagerq.nn.intrinsic.fused import Fused, type_name
+from eagerq.nn.modules.batchnorm import HoldsNorm
+from eagerq.nn.modules.hooks import POST_HOOKS, PRE_HOOKS, release_hooks, share_hooks
+from eagerq.nn.modules.ops import Op
+from eagerq.quant.fake_quantize import FakeQuantize
+from eagerq.quant.functional import MIN_SCALE, dequantize, quantize, straight_through
+from eagerq.quant.spec import QConfig, QConfigLike, get_qconfig
+
+_Self = TypeVar("_Self", bound="QATBase")
+
+#: int32 biases stay below this magnitude, so that the accumulator has room.
+_BIAS_LIMIT = 2.0**30
+
+_BOOKKEEPING = frozenset(vars(nn.Module())) | {"training"}
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedWeight:
+    """What an integer engine stores of one linear map.
+
+    Attributes:
+        codes: integer codes in a float tensor of the weight's shape.
+        scale: real value of one code, ``(1,)`` or ``(channels,)`` along ``axis``.
+        zero_point: int32, of the shape of ``scale``.
+        bias: real, ``(C_out,)``, or None.
+        bias_codes: int32 codes of the bias held in float64, or None where the input's scale is unknown.
+        bias_scale: real value of one bias code, ``(C_out,)``, or None.
+        weight: the real weight the codes stand for, of the weight's shape and dtype.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    bias: Tensor | None
+    bias_codes: Tensor | None
+    bias_scale: Tensor | None
+    weight: Tensor
+
+
+class QATBase(nn.Module):
+    """A module with a QAT form: what it converts, its qconfig and its activation quantizers.
+
+    ``activation_post_process`` quantizes the output, ``input_fake_quant`` the input; each is None
+    until ``convert_qat`` decides where a tensor is quantized.
+    """
+
+    #: The float class ``from_float`` takes, exactly; torch.ao's name.
+    _FLOAT_MODULE: ClassVar[type[nn.Module]] = nn.Module
+
+    qconfig: QConfig
+    activation_post_process: nn.Module | None
+    input_fake_quant: nn.Module | None
+
+    def __init_subclass__(cls, converts: type[nn.Module] | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if converts is not None:
+            cls._FLOAT_MODULE = converts
+
+    def _init_quantizers(self, qconfig: QConfigLike | None) -> None:
+        self.qconfig = get_qconfig("onnxruntime" if qconfig is None else qconfig)
+        self.register_module("activation_post_process", None)
+        self.register_module("input_fake_quant", None)
+
+    def _adopt(self, members: list[nn.Module]) -> None:
+        """Take what this class needs from the end of the float chain."""
+        raise NotImplementedError  # pragma: no cover
+
+    def _runs_itself(self) -> tuple[nn.Module, ...]:
+        """Members that every forward calls as modules, so that their own hooks fire."""
+        return ()
+
+    @classmethod
+    def from_float(cls: type[_Self], mod: nn.Module, qconfig: QConfigLike | None = None) -> _Self:
+        """The QAT form of ``mod``: the same Parameter objects, norm, activation, mode and hooks.
+
+        Args:
+            mod: a module of exactly the class this one converts.
+            qconfig: a ``QConfig`` or preset name; None takes ``mod.qconfig`` or the default preset.
+
+        Raises:
+            ModelError: if ``mod`` is of another class.
+        """
+        if type(mod) is not cls._FLOAT_MODULE:
+            raise ModelError(
+                f"{type_name(cls)}.from_float wants a {type_name(cls._FLOAT_MODULE)}, found {type_name(type(mod))};"
+                " fuse first, or use the QAT class of that type."
+            )
+        if qconfig is None:
+            given = getattr(mod, "qconfig", None)
+            qconfig = given if isinstance(given, QConfig) else None
+        members = list(mod) if isinstance(mod, Fused) else [mod]
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self._adopt(list(members))
+        self.training = mod.training
+        self._init_quantizers(qconfig)
+        if isinstance(self, HoldsNorm) and getattr(mod, "freeze_bn", False):
+            self.freeze_bn_stats()  # frozen in eval mode too, where the norm's own mode does not tell
+        own = self._runs_itself()
+        share_hooks(self, [m for m in (mod, members[0]) if m not in own], PRE_HOOKS)
+        share_hooks(self, [m for m in (members[-1], mod) if m not in own], POST_HOOKS)
+        last = members[-1]
+        if last not in own and last in self.children():  # a norm, which runs inside in training: not to fire twice
+            release_hooks(last, POST_HOOKS)
+        return self
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.input_fake_quant is not None:
+            input = self.input_fake_quant(input)
+        out = self.compute(input, *args, **kwargs)
+        if self.activation_post_process is not None:
+            out = self.activation_post_process(out)
+        return out
+
+    def compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output before its quantizer."""
+        raise NotImplementedError  # pragma: no cover
+
+
+class QATOp(Op, QATBase):
+    """A QAT host: an op whose weight is fake-quantized.
+
+    Weights of a spec that is per channel, symmetric and narrow have the same codes whether or not
+    a norm is folded in (up to the sign of its scale), so training quantizes the weight itself.
+    """
+
+    weight: Tensor
+    bias: Any  # Tensor or None; PyTorch's own classes disagree on its type
+    weight_fake_quant: FakeQuantize | None
+
+    def __init__(self, *args: Any, qconfig: QConfigLike | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._init_quantizers(qconfig)
+
+    def _init_quantizers(self, qconfig: QConfigLike | None) -> None:
+        super()._init_quantizers(qconfig)
+        if "bias" not in self._parameters:  # an Embedding has none
+            self.register_parameter("bias", None)
+        self.weight_fake_quant = None
+        spec = self.qconfig.weight
+        if spec is not None:
+            channels = self.weight.shape[self.channel_axis] if spec.per_channel else None
+            self.weight_fake_quant = FakeQuantize(
+                spec, channels, self.channel_axis, memoryless=True, device=self.weight.device
+            ).train(self.training)
+            if self.weight.dtype == torch.float64:
+                self.weight_fake_quant.double()
+
+    def _adopt(self, members: list[nn.Module]) -> None:
+        (source,) = members
+        for name, value in vars(source).items():
+            if name not in _BOOKKEEPING and name != "forward":
+                self.__dict__[name] = value
+        if getattr(source, "same_padding", False):  # a fact of the float class, which a fused QAT class does not share
+            self.same_padding = True
+        for name, parameter in source._parameters.items():
+            self.register_parameter(name, parameter)
+        for name, buffer in source._buffers.items():
+            self.register_buffer(name, buffer, name not in source._non_persistent_buffers_set)
+
+    @property
+    def input_quantizer(self) -> nn.Module | None:
+        """The quantizer that gives this module its input: its own, or the producer's."""
+        if self.input_fake_quant is not None:
+            return self.input_fake_quant
+        return self.__dict__.get("_producer_quantizer")
+
+    def set_producer_quantizer(self, quantizer: nn.Module | None) -> None:
+        """Remember, without owning it, the quantizer where this module's input is produced."""
+        self.__dict__["_producer_quantizer"] = quantizer
+
+    def compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.training and self.is_deployable():
+            weight, bias = self.deployed()
+            return self.op(input, weight, bias, *args, **kwargs)
+        return self.train_compute(input, *args, **kwargs)
+
+    def train_compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output before activation and quantizer, in training."""
+        quantizer = self.weight_fake_quant
+        weight = self.effective_weight()
+        if quantizer is not None:
+            weight = quantizer(weight)
+        return self.op(input, weight, self.bias, *args, **kwargs)
+
+    def effective_weight(self) -> Tensor:
+        """The real weight the op applies, of the shape of ``weight``; override it where the float module derives one."""
+        return self.weight
+
+    def is_deployable(self) -> bool:
+        """Whether the module is one linear map in eval."""
+        return True
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """Real weight and bias of the one linear map that this module is in eval."""
+        return self.effective_weight(), self.bias
+
+    def quantizes_weight_itself(self) -> bool:
+        """Whether codes are taken of the weight as it is trained rather than of the folded one."""
+        return True
+
+    def weight_factor(self) -> Tensor | None:
+        """The norm's scale on the weight, ``(C_out,)``, or None without a norm."""
+        return None
+
+    def deployed(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the eval forward: the values of the integers that ``convert`` stores."""
+        weight, bias = self.folded()
+        quantizer = self.weight_fake_quant
+        dtype = self.weight.dtype
+        if quantizer is not None and quantizer.fake_quant_enabled:
+            stored = self.quantized_weight()
+            weight = straight_through(weight.to(dtype), stored.weight)
+            if bias is not None and stored.bias is not None:
+                bias = straight_through(bias.to(dtype), stored.bias.to(dtype))
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    @torch.no_grad()
+    def quantized_weight(self) -> QuantizedWeight:
+        """The integers an engine stores of this module: codes of the folded weight and bias.
+
+        The bias has the scale input scale x weight scale where the input's scale is known. A weight
+        scale so small that the bias would leave int32 is raised; such weights are negligible beside it.
+
+        Raises:
+            StateError: if the weight is kept float.
+        """
+        quantizer = self.weight_fake_quant
+        if quantizer is None:
+            raise StateError("wanted a quantized weight, but this module's qconfig keeps it float; give QConfig.weight a spec.")
+        spec = quantizer.spec
+        weight, bias = self.folded()
+        weight = weight.to(quantizer.scale.dtype)
+        input_scale = self._input_scale()
+        itself = self.quantizes_weight_itself()
+        factor = self.weight_factor()
+        scale, zero_point = quantizer.params_for(self.effective_weight() if itself else weight)
+        floor = torch.full_like(scale, MIN_SCALE)
+        if bias is not None and input_scale is not None:
+            need = bias.abs().to(scale.dtype) / (input_scale * _BIAS_LIMIT)
+            # channel c has scale c % n: one a channel, one for all, or one for the same place in each group
+            floor = torch.maximum(floor, need.reshape(-1, floor.numel()).amax(0))
+        ndim = weight.dim()
+        if itself and factor is not None:
+            magnitude = factor.abs().to(scale.dtype)
+            deployed_scale = torch.maximum(magnitude * scale, floor)
+            own_scale = torch.where(magnitude * scale >= floor, scale, floor / magnitude)
+            codes = quantize(
+                self.effective_weight().to(scale.dtype),
+                quantizer.along_axis(own_scale, ndim),
+                quantizer.along_axis(zero_point, ndim),
+                spec.quant_min,
+                spec.quant_max,
+            )
+            codes = self.scale_weight(codes, torch.sign(factor).to(codes.dtype))
+            scale = deployed_scale
+        else:
+            scale = torch.maximum(scale, floor)
+            codes = quantize(
+                weight, quantizer.along_axis(scale, ndim), quantizer.along_axis(zero_point, ndim), spec.quant_min, spec.quant_max
+            )
+        real = dequantize(codes, quantizer.along_axis(scale, ndim), quantizer.along_axis(zero_point, ndim)).to(self.weight.dtype)
+        bias_codes = bias_scale = None
+        if bias is not None and input_scale is not None:
+            channels = bias.shape[0]
+            bias_scale = (input_scale * scale).reshape(-1)
+            bias_scale = bias_scale.repeat(channels // bias_scale.numel())
+            bias_codes = torch.round(bias.double() / bias_scale.double())
+            bias = (bias_codes * bias_scale.double()).to(bias_scale.dtype)
+        return QuantizedWeight(codes, scale, zero_point, bias, bias_codes, bias_scale, real)
+
+    def _input_scale(self) -> Tensor | None:
+        quantizer = self.input_quantizer
+        if quantizer is None or not getattr(quantizer, "observed", True) or not getattr(quantizer, "fake_quant_enabled", True):
+            return None
+        scale: Tensor = quantizer.scale  # type: ignore[assignment]
+        return scale.reshape(())

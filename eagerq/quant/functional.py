@@ -1,0 +1,114 @@
+"""Codes, scales and the fake-quantization operator, as plain functions of tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eagerq.quant.spec import QuantSpec
+
+#: The least scale: it keeps division defined where a tensor is all zeros.
+MIN_SCALE = 2.0**-40
+
+
+def computing_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype quantization arithmetic runs in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def quantization_params(spec: QuantSpec, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Scale and zero point of the grid that covers ``[low, high]`` and holds zero exactly.
+
+    Symmetric: :math:`s = \max(|low|, |high|) / n` with :math:`n = q_{max}` (signed) or
+    :math:`2^{bits-1} - 1`. Affine: :math:`s = (h - l) / (q_{max} - q_{min})`,
+    :math:`z = \mathrm{clip}(q_{min} - \mathrm{rint}(l / s))` with
+    :math:`l = \min(low, 0), h = \max(high, 0)`.
+
+    Args:
+        spec: the integer grid.
+        low, high: real values, of one shape: ``()`` or ``(1,)`` for a tensor, ``(C,)`` for channels.
+
+    Returns:
+        ``scale`` (real) and ``zero_point`` (int32 codes), of the shape of ``low``.
+    """
+    low = low.clamp(max=0.0)
+    high = high.clamp(min=0.0)
+    if spec.symmetric:
+        levels = 2 ** (spec.bits - 1) - 1
+        scale = (torch.maximum(-low, high) / levels).clamp_min(MIN_SCALE)
+        return scale, torch.full_like(scale, spec.fixed_zero_point, dtype=torch.int32)
+    scale = ((high - low) / (spec.quant_max - spec.quant_min)).clamp_min(MIN_SCALE)
+    zero_point = (spec.quant_min - torch.round(low / scale)).clamp(spec.quant_min, spec.quant_max)
+    return scale, zero_point.to(torch.int32)
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    r"""Codes :math:`\mathrm{clip}(\mathrm{rint}(x / s) + z, q_{min}, q_{max})`, held in a float tensor.
+
+    ``scale`` and ``zero_point`` broadcast against ``x``. It divides, as integer engines do, and
+    rounds half to even. NaN stays NaN. The arithmetic is float32, or float64 if ``x`` or ``scale`` is.
+    """
+    dtype = computing_dtype(torch.promote_types(x.dtype, scale.dtype))
+    q = torch.round(x.to(dtype) / scale.to(dtype))
+    return q.add_(zero_point).clamp_(quant_min, quant_max)
+
+
+def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    r"""Real values :math:`(q - z)\, s` of codes."""
+    return (q - zero_point) * scale
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Forward: quantize and dequantize. Backward: straight through, zero where the code was clipped."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+        dtype = computing_dtype(x.dtype)
+        scale = scale.to(dtype)
+        q = torch.round(x.to(dtype) / scale).add_(zero_point)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward((q >= quant_min) & (q <= quant_max))
+        return q.clamp_(quant_min, quant_max).sub_(zero_point).mul_(scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None, None, None, None
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    r"""The real value of ``x``'s code: :math:`(\mathrm{clip}(\mathrm{rint}(x/s)+z) - z)\,s`.
+
+    The gradient passes straight through where the code was not clipped and is zero elsewhere
+    (straight-through estimator, Bengio et al., 2013, arXiv:1308.3432). The arithmetic is float32
+    (float64 for float64 input); the result has ``x``'s dtype and shape.
+
+    Args:
+        x: real values, any shape ``(*)``.
+        scale, zero_point: broadcast against ``x``.
+        quant_min, quant_max: lowest and highest code.
+    """
+    out: Tensor = _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The second tensor's values with the first tensor's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, real: Tensor, quantized: Tensor) -> Tensor:
+        return quantized.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+def straight_through(real: Tensor, quantized: Tensor) -> Tensor:
+    """``quantized`` with the gradient of ``real``, both of one shape."""
+    if not (torch.is_grad_enabled() and real.requires_grad):
+        return quantized
+    out: Tensor = _StraightThrough.apply(real, quantized)  # type: ignore[no-untyped-call]
+    return out

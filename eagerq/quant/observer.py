@@ -1,0 +1,142 @@
+"""Observers: the range of values a tensor takes, learned in training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eagerq.quant.functional import dequantize, quantization_params, quantize
+from eagerq.quant.spec import QuantSpec
+
+_MSE_CANDIDATES = 40
+
+
+class QuantState(nn.Module):
+    """Base of modules whose buffers are quantization parameters: they never drop below float32."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantState:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype in (torch.float16, torch.bfloat16):
+                self._buffers[name] = old.to(device=new.device, dtype=torch.float32)
+        return self
+
+    def _fit_checkpoint(self, state_dict: dict[str, Any], prefix: str, unset: dict[str, float]) -> None:
+        """Give each checkpoint entry this module's shape: torch.ao stores () , (1,) or nothing before it observes."""
+        for name, empty in unset.items():
+            own, found = self._buffers[name], state_dict.get(prefix + name)
+            if own is None or not isinstance(found, Tensor) or found.shape == own.shape:
+                continue
+            if found.numel() == 0:
+                state_dict[prefix + name] = torch.full_like(own, empty)
+            elif found.numel() in (1, own.numel()):
+                state_dict[prefix + name] = found.reshape(-1).expand(own.numel()).reshape(own.shape)
+
+
+class Observer(QuantState):
+    """Keeps ``min_val`` and ``max_val``, the range of what it saw, in real values.
+
+    Args:
+        spec: names the method (``spec.observer``) and the grid it is for.
+        channels: number of channels with a range each, or None for one range a tensor.
+        axis: the channels' axis.
+        memoryless: keep only the newest tensor's range (weights).
+
+    Buffers:
+        min_val, max_val: ``()`` or ``(channels,)``; zero until something was seen, and always finite, so
+            that an averaged copy of a model (EMA) averages them. Batches whose range is not finite are left
+            out, so one overflow in mixed precision does no harm.
+    """
+
+    min_val: Tensor
+    max_val: Tensor
+
+    def __init__(
+        self, spec: QuantSpec, channels: int | None = None, axis: int = 0, *, memoryless: bool = False, device: Any = None
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.channels = channels
+        self.axis = axis
+        self.memoryless = memoryless
+        shape = () if channels is None else (channels,)
+        self.register_buffer("min_val", torch.zeros(shape, device=device))
+        self.register_buffer("max_val", torch.zeros(shape, device=device))
+
+    def batch_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Lowest and highest value to represent of ``x``, by the spec's method; ``()`` or ``(channels,)``."""
+        rows = x.detach().reshape(1, -1) if self.channels is None else x.detach().transpose(0, self.axis).flatten(1)
+        rows = rows.to(self.min_val.dtype)
+        if self.spec.observer == "percentile":
+            low, high = _percentile(rows, self.spec.percentile)
+        else:
+            low, high = rows.aminmax(dim=1)
+            if self.spec.observer == "mse":
+                low, high = _least_squares(rows, low, high, self.spec)
+        return low.reshape(self.min_val.shape), high.reshape(self.max_val.shape)
+
+    def merged(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The range after one more batch whose range is ``low``..``high``."""
+        if self.memoryless and self.spec.observer != "moving_average":
+            new_low, new_high = low, high
+        else:
+            if self.spec.observer == "min_max":
+                new_low, new_high = torch.minimum(self.min_val, low), torch.maximum(self.max_val, high)
+            else:
+                c = self.spec.averaging_constant
+                new_low, new_high = self.min_val + c * (low - self.min_val), self.max_val + c * (high - self.max_val)
+            first = (self.min_val == 0) & (self.max_val == 0)
+            new_low, new_high = torch.where(first, low, new_low), torch.where(first, high, new_high)
+        finite = torch.isfinite(low) & torch.isfinite(high)
+        return torch.where(finite, new_low, self.min_val), torch.where(finite, new_high, self.max_val)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Observe ``x`` (any shape) and return it. An empty tensor teaches nothing."""
+        if x.numel():
+            low, high = self.merged(*self.batch_range(x))
+            self.min_val.copy_(low)
+            self.max_val.copy_(high)
+        return x
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.pop(prefix + "eps", None)  # torch.ao's observers carry their least scale
+        self._fit_checkpoint(state_dict, prefix, {"min_val": 0.0, "max_val": 0.0})
+        for name in ("min_val", "max_val"):
+            value = state_dict.get(prefix + name)
+            if isinstance(value, Tensor):  # torch.ao's start at infinity
+                state_dict[prefix + name] = torch.where(torch.isfinite(value), value, 0.0)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return self.spec.observer
+
+
+def _percentile(rows: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
+    """Per row, the values below and above which the given share of the entries lies (exact order statistics)."""
+    n = rows.shape[1]
+    k = min(n, max(1, math.ceil(n * percentile / 100.0)))
+    return rows.kthvalue(n - k + 1, dim=1).values, rows.kthvalue(k, dim=1).values
+
+
+def _least_squares(rows: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Per row, the shrunken range that quantizes it with the least squared error (grid search)."""
+    best_low, best_high = low, high
+    best = torch.full_like(low, math.inf)
+    for i in range(_MSE_CANDIDATES):
+        share = 1.0 - 0.8 * i / _MSE_CANDIDATES
+        scale, zero_point = quantization_params(spec, low * share, high * share)
+        scale, zero_point = scale.unsqueeze(1), zero_point.unsqueeze(1)
+        q = quantize(rows, scale, zero_point, spec.quant_min, spec.quant_max)
+        error = (dequantize(q, scale, zero_point) - rows).square().sum(1)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_low = torch.where(better, low * share, best_low)
+        best_high = torch.where(better, high * share, best_high)
+    return best_low, best_high

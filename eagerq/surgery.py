@@ -1,0 +1,92 @@
+"""Putting a module in the place of another, under every name it has."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from eagerq.errors import ModelError
+
+
+def names_of(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
+    """Every module with all its full names, in registration order; a shared module has several."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return {module: tuple(found) for module, found in names.items()}
+
+
+def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Replace modules (keys) by others (values) under every parent and name, all at once.
+
+    Returns ``model``, or its replacement if it is itself a key. New modules are not searched, so a
+    key may live on inside its replacement.
+    """
+    slots: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and child in new:
+                slots.append((parent._modules, name, new[child]))
+    for children, name, module in slots:
+        children[name] = module
+    return new.get(model, model)
+
+
+def state_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """All parameters and buffers."""
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+class _ToMeta(TorchFunctionMode):
+    """While a module is copied: plain tensors among its attributes become meta tensors too."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.__deepcopy__, Tensor.clone) and isinstance(args[0], Tensor):
+            return torch.empty_like(args[0], device="meta", requires_grad=args[0].requires_grad)
+        return func(*args, **(kwargs or {}))
+
+
+class _WithoutGraph(TorchFunctionMode):
+    """While a module is copied: results of operations, which PyTorch does not copy, become plain tensors."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            return args[0].detach().clone()
+        return func(*args, **(kwargs or {}))
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A deep copy whose tensors are all on the meta device: structure and shapes without data."""
+    memo: dict[int, Any] = {}
+    for tensor in state_tensors(model):
+        with torch.no_grad():
+            empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    with _ToMeta():
+        return _deepcopy(model, memo)
+
+
+def full_copy(model: nn.Module) -> nn.Module:
+    """A deep copy, data included; tensors that an earlier forward left behind are copied without their graph.
+
+    Raises:
+        ModelError: if the model cannot be copied.
+    """
+    with _WithoutGraph():
+        return _deepcopy(model, {})
+
+
+def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ModelError(
+            f"eagerq works on a copy, and copy.deepcopy of {type(model).__name__} failed:"
+            f" {type(error).__name__}: {error}. Make the model copyable (keep no graph tensors, locks or files in it)."
+        ) from error

@@ -1,0 +1,191 @@
+"""The verbs: plan_fusion, fuse_modules, convert_qat, convert, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from eagerq.checks import check_model
+from eagerq.conversion import Conversion
+from eagerq.errors import StateError
+from eagerq.inputs import runs_for
+from eagerq.nn.qat.base import QATOp
+from eagerq.nn.quantized import QuantizedModule, fixed_quantizer, is_deployed, is_qat
+from eagerq.patterns import DEFAULT_PATTERNS, Patterns
+from eagerq.plan import FusionPlan
+from eagerq.planner import Planner, parse_patterns
+from eagerq.quant.fake_quantize import FakeQuantize
+from eagerq.quant.spec import QConfigLike, QConfigMapping, Rule, as_mapping
+from eagerq.record import Record, record_of
+from eagerq.surgery import full_copy, replace_modules
+from eagerq.tables import table
+
+
+def plan_fusion(model: nn.Module, patterns: Any = None, example_inputs: Any = None) -> FusionPlan:
+    """Decide which chains ``fuse_modules`` would fuse; the model is not touched.
+
+    Args:
+        model: any eager ``nn.Module``.
+        patterns: None for ``eagerq.DEFAULT_PATTERNS``, a ``Patterns``, tuples of module types
+            (``[(nn.Conv2d, nn.BatchNorm2d, nn.ReLU)]``) or lists of module names
+            (``[["conv1", "bn1", "relu"]]``).
+        example_inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments, or a
+            list of such; None where the model itself says what it takes (timm, torchvision,
+            transformers). They are run on the meta device where the model can, else on data, without gradient.
+
+    Raises:
+        ModelError: for something that is no eager float model.
+        PatternError: for unknown chains, types or names, or empty patterns.
+        InputsError: if the model rejects the inputs.
+    """
+    check_model(model)
+    if is_qat(model) or is_deployed(model):
+        raise StateError("wanted a float model to fuse, found one that convert_qat has converted; fuse first, then convert.")
+    parsed, listed = parse_patterns(patterns, DEFAULT_PATTERNS)
+    return Planner(model, parsed, runs_for(model, example_inputs)).plan(listed)
+
+
+def fuse_modules(model: nn.Module, patterns: Any = None, example_inputs: Any = None, *, inplace: bool = False) -> nn.Module:
+    """Wrap each confirmed chain in an ``nni`` module; the model computes what it did.
+
+    The fused module stands at the chain's first name and the others become ``nn.Identity``.
+    Arguments and errors are those of ``plan_fusion``; a listed chain that the watched forward
+    refutes is left alone with a warning.
+
+    Args:
+        inplace: change ``model`` itself rather than a copy.
+    """
+    plan = plan_fusion(model, patterns, example_inputs)
+    if parse_patterns(patterns, DEFAULT_PATTERNS)[1] is not None:
+        for skip in plan.skips:
+            warnings.warn(f"{' + '.join(skip.names)} is not fused: {skip.reason}", stacklevel=2)
+    return plan.apply(model if inplace else full_copy(model))
+
+
+def convert_qat(
+    model: nn.Module,
+    qconfig: QConfigLike | QConfigMapping | Mapping[Rule, QConfigLike | None] | None = None,
+    example_inputs: Any = None,
+    *,
+    patterns: Patterns | None = None,
+    inplace: bool = False,
+) -> nn.Module:
+    """Turn fused and standalone modules into their QAT modules, and quantize each tensor once.
+
+    Args:
+        model: a float model, usually fused.
+        qconfig: a ``QConfig``, a preset's name, a ``QConfigMapping``, or a mapping of rules with the
+            default under ``""``; None is ``"onnxruntime"``.
+        example_inputs: as for ``plan_fusion``; None takes those the model was fused with. Without any,
+            every quantized module quantizes its own input.
+        patterns: None takes those the model was fused with.
+        inplace: change ``model`` itself rather than a copy.
+
+    Raises:
+        ModelError, InputsError: as ``plan_fusion``.
+        SpecError: for a qconfig that makes no sense, or a rule that selects no module.
+        StateError: if the model was converted before, or holds nothing to convert.
+    """
+    check_model(model)
+    if is_deployed(model):
+        raise StateError("wanted a float model, found a deployed one; convert_qat takes the float or fused model.")
+    if is_qat(model):
+        raise StateError("wanted a float model, found one that convert_qat has already converted; call it once.")
+    mapping = as_mapping(qconfig)
+    record = record_of(model) or Record()
+    conversion = Conversion(model, patterns or record.patterns, mapping)
+    runs = runs_for(model, example_inputs) or record.runs
+    conversion.decide(runs)
+    target = model if inplace else full_copy(model)
+    return conversion.apply(target, record)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What became of each module; printing it gives a table.
+
+    Attributes:
+        rows: (name, type, ``"QAT"`` or ``"float"``, reason).
+        quantizers: (kind of place, name) of each quantized tensor.
+        notes: what else there is to know.
+    """
+
+    rows: tuple[tuple[str, str, str, str], ...]
+    quantizers: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+
+    @property
+    def left_float(self) -> tuple[tuple[str, str], ...]:
+        """(name, reason) of what stays float."""
+        return tuple((name, reason) for name, _, state, reason in self.rows if state == "float")
+
+    def __str__(self) -> str:
+        qat = sum(row[2] == "QAT" for row in self.rows)
+        head = f"{qat} QAT modules, {len(self.quantizers)} quantized tensors, {len(self.left_float)} left float"
+        return "\n".join([head, table(("name", "type", "state", "reason"), self.rows), *(f"note: {n}" for n in self.notes)])
+
+
+def report(model: nn.Module) -> Report:
+    """What ``convert_qat`` did to ``model`` and why the rest stayed float.
+
+    Raises:
+        StateError: if the model was not converted.
+    """
+    record = record_of(model) if isinstance(model, nn.Module) else None
+    if record is None or record.stage == "fused":
+        raise StateError("wanted a model that convert_qat returned, found none of its records on this one; convert first.")
+    return Report(record.rows, record.sites, record.notes)
+
+
+def convert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """The deployed model: batch norms folded, integer weights and biases, fixed scales; in eval mode.
+
+    Its forward equals the QAT model's eval forward.
+
+    Args:
+        model: what ``convert_qat`` returned, after training.
+        inplace: change ``model`` itself rather than a copy.
+
+    Raises:
+        StateError: if the model is no QAT model, was converted before, or a quantizer observed
+            nothing, only zeros, NaN or infinity; the model is then as it was.
+    """
+    check_model(model)
+    if is_deployed(model):
+        raise StateError("wanted a QAT model, found a deployed one; call convert once.")
+    if not is_qat(model):
+        raise StateError("wanted a QAT model, found a float one; call eagerq.convert_qat and train first.")
+    off = [name for name, m in model.named_modules() if isinstance(m, FakeQuantize) and not m.fake_quant_enabled]
+    if off:
+        raise StateError(
+            f"wanted every quantizer switched on, found fake quantization disabled in {len(off)}, first {off[0]};"
+            " run model.apply(eagerq.enable_fake_quant), or keep that module float by a qconfig rule."
+        )
+    target = model if inplace else full_copy(model)
+    new: dict[nn.Module, nn.Module] = {}
+    for name, module in target.named_modules():
+        if isinstance(module, QATOp):
+            if not module.is_deployable():
+                raise StateError(
+                    f"{name} has a norm without running statistics, which cannot be folded; use track_running_stats=True."
+                )
+            if not bool(torch.isfinite(module.weight).all()):
+                raise StateError(f"{name}.weight was to hold finite values, but holds NaN or infinity; training has diverged.")
+            new[module] = QuantizedModule.from_qat(module)
+        elif isinstance(module, FakeQuantize) and not module.memoryless:
+            new[module] = fixed_quantizer(module, name)
+    record = (record_of(target) or Record()).renamed({}, stage="deployed")
+    for module in new.values():
+        if isinstance(module, QuantizedModule):
+            for slot in ("input_fake_quant", "activation_post_process"):
+                quantizer = getattr(module, slot)
+                if quantizer is not None:
+                    setattr(module, slot, new[quantizer])
+    target = replace_modules(target, new)
+    record.attach(target)
+    return target.eval()
