@@ -189,7 +189,14 @@ class Planner:
 
     def other_context(self, name: str, following: str) -> str | None:
         """Why these two cannot become one module, if gradients or checkpoints treat them differently."""
-        if all(trace.contexts[name] <= trace.contexts[following] for trace in self.traces):
+        normalises = not _NORMS.isdisjoint(self.types[following])  # a checkpoint would count a batch twice in its statistics
+        for trace in self.traces:
+            before, after = trace.contexts[name], trace.contexts[following]
+            if not normalises:
+                before, after = ({(gradients, 0) for gradients, _ in contexts} for contexts in (before, after))
+            if not before <= after:
+                break
+        else:
             return None
         return f"{name} and {following} run under different gradient modes or activation checkpoints"
 

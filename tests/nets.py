@@ -410,11 +410,11 @@ class ReadsConv(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.bn = conv(), bn()
+        self.conv, self.bn, self.head = conv(), bn(), conv()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn(self.conv(x.to(self.conv.weight.dtype)))
-        return x / self.conv.out_channels * self.conv.weight.mean() * self.conv.stride[0]
+        return self.head(x / self.conv.out_channels * self.conv.weight.mean() * self.conv.stride[0])
 
 
 @torch.jit.script
