@@ -531,6 +531,8 @@ def ao_state(row: Row, backend: str, version: int, observed: bool) -> tuple[Any,
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module = ao_module(row, backend, version)
+        if getattr(module, "bias", None) is not None:
+            nn.init.normal_(module.bias)  # torch.ao's LinearBn1d leaves it uninitialised, at times NaN
         if observed:
             for seed in (1, 2):
                 module(row.input(seed=seed))
