@@ -1,0 +1,240 @@
+"""The laws on real tensors, for any model: fusing changes no bit, QAT learns what the float model learns, deployed is QAT.
+
+The model is used up: it is fused and converted in place, so that a model of half the machine's memory can be checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+import eagerq
+from eagerq.inputs import Inputs, as_runs
+
+from .oracle import ALL_NORMS, tensors
+
+#: In float64, relative to the largest entry; float32 is for what does not run or fit in float64. Chaos in deep nets
+#: amplifies rounding by up to about 1e6 (measured over the zoo: docs/zoo.md).
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-2}
+#: Models above this many parameters learn in float32: in float64 three copies do not fit the machine.
+FLOAT64_LIMIT = 350e6
+
+
+class _WithoutInit(TorchFunctionMode):
+    """While a model is built: large random initialisations, all overwritten afterwards, are left out."""
+
+    SLOW = frozenset({"uniform_", "normal_", "trunc_normal_", "erfinv_", "mul_", "add_", "clamp_"})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self.SLOW and args and isinstance(args[0], nn.Parameter) and args[0].numel() > 4096:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def randomised(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """A model in which no default hides an error: gammas of both signs, zero and tiny, statistics away from 0 and 1."""
+    with _WithoutInit():
+        model = build()
+    randomise(model, seed)
+    return model
+
+
+def randomise(model: nn.Module, seed: int = 0) -> None:
+    """Overwrite every parameter, and the running statistics of batch norms."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            data = parameter.data
+            if data.numel() <= 3 or not data.is_floating_point():
+                data.fill_(0.5)
+            elif data.dim() == 1:
+                data.normal_(0.6, 0.4, generator=generator)
+                data[:3] = torch.tensor([0.0, 1e-6, -0.5])
+            else:
+                fan_in = max(data[0].numel(), 1)
+                bound = (4.5 / fan_in) ** 0.5
+                data.uniform_(-bound, bound, generator=generator)
+        for module in model.modules():
+            if isinstance(module, ALL_NORMS) and isinstance(module.running_mean, Tensor):
+                module.running_mean.uniform_(-0.2, 0.2, generator=generator)
+                module.running_var.uniform_(0.5, 2.0, generator=generator)
+
+
+def run(model: nn.Module, inputs: Inputs, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """The floating-point tensors of the output, with dropout and stochastic depth of one seed."""
+    given = inputs.copied(None)
+    args, kwargs = given.args, given.kwargs
+    if dtype is not None:
+        args, kwargs = _cast((args, kwargs), dtype)
+    torch.manual_seed(2)
+    return [t for t in tensors(model(*args, **kwargs)) if t.is_floating_point()]
+
+
+def _cast(obj: Any, dtype: torch.dtype) -> Any:
+    if isinstance(obj, Tensor):
+        return obj.to(dtype) if obj.is_floating_point() else obj
+    if isinstance(obj, dict):
+        return {key: _cast(value, dtype) for key, value in obj.items()}
+    if isinstance(obj, (list, tuple)) and type(obj) in (list, tuple):
+        return type(obj)(_cast(value, dtype) for value in obj)
+    return obj
+
+
+def statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Running statistics under the float model's keys, copied."""
+    state = eagerq.float_state_dict(model)
+    return {key: value.clone() for key, value in state.items() if "running_" in key or "num_batches" in key}
+
+
+@contextlib.contextmanager
+def kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Buffers are put back as they were."""
+    saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    yield
+    with torch.no_grad():
+        for buffer, value in saved:
+            buffer.copy_(value)
+
+
+class Step:
+    """Output, gradients and statistics of one training step's forward and backward."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> None:
+        model.to(dtype).train()
+        with kept_buffers(model):
+            out = run(model, inputs, dtype)
+            loss = sum((o.square().mean() for o in out if o.requires_grad), torch.zeros(()))
+            if isinstance(loss, Tensor) and loss.requires_grad:
+                loss.backward()
+            self.outputs = [o.detach() for o in out]
+            self.statistics = statistics(model)
+        self.gradients = [parameter.grad for parameter in model.parameters()]
+        self.parameters = list(model.parameters())
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def difference(self, other: Step) -> tuple[float, str]:
+        """The largest difference relative to the largest entry, and where it is; infinite for a different structure."""
+        worst = (0.0, "nowhere")
+        if len(self.outputs) != len(other.outputs):
+            return float("inf"), "the number of outputs"
+        for i, (a, b) in enumerate(zip(self.outputs, other.outputs, strict=True)):
+            worst = max(worst, (relative(a, b), f"output {i}"))
+        if self.statistics.keys() != other.statistics.keys():
+            return float("inf"), "the keys of the statistics"
+        for key, value in self.statistics.items():
+            worst = max(worst, (relative(value, other.statistics[key]), key))
+        theirs = {id(p): g for p, g in zip(other.parameters, other.gradients, strict=True)}
+        floor = max((g.abs().max().item() for g in self.gradients if g is not None and g.numel()), default=0.0) * 1e-9
+        for i, (parameter, grad) in enumerate(zip(self.parameters, self.gradients, strict=True)):
+            if id(parameter) not in theirs or (theirs[id(parameter)] is None) != (grad is None):
+                return float("inf"), f"whether parameter {i} of {tuple(parameter.shape)} has a gradient"
+            if grad is not None:
+                worst = max(worst, (relative(grad, theirs[id(parameter)], floor), f"gradient {i} of {tuple(parameter.shape)}"))
+        return worst
+
+
+def relative(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
+    """max|a - b| / max|a|."""
+    if a.shape != b.shape:
+        return float("inf")
+    if not a.numel() or torch.equal(a, b):
+        return 0.0
+    a, b = a.double(), b.double()
+    found = ((a - b).abs().max() / max(a.abs().max().item(), floor, 1e-300)).item()
+    return found if found == found else float("inf")
+
+
+def broken_laws(model: nn.Module, example_inputs: Any, dtype: torch.dtype = torch.float64) -> tuple[list[str], dict[str, Any]]:
+    """Every law that does not hold, in words; and what was measured on the way. ``model`` is float32 and is used up."""
+    (inputs,) = as_runs(example_inputs)
+    problems: list[str] = []
+    facts: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
+    try:
+        expected = Step(model, inputs, dtype)
+    except RuntimeError as error:
+        if dtype is torch.float32 or not _is_about_dtype(error):
+            raise
+        facts["dtype"] = f"float32, since: {str(error)[:120]}"
+        dtype = torch.float32
+        expected = Step(model, inputs, dtype)
+    if not all(torch.isfinite(o).all() for o in expected.outputs):
+        return ["the float model itself gives NaN or infinity with these weights"], facts
+    model.float()
+    before = _evaluated(model, inputs)
+
+    fused = eagerq.fuse_modules(model, example_inputs=example_inputs, inplace=True)
+    after = _evaluated(fused, inputs)
+    for what in before:
+        if before[what].keys() != after[what].keys():
+            problems.append(f"fused: other keys in {what}")
+        elif not all(_same(before[what][key], after[what][key]) for key in before[what]):
+            problems.append(f"fused: {what} differ from the float model's")
+    del before, after
+
+    try:
+        qat = eagerq.convert_qat(fused, example_inputs=example_inputs, inplace=True)
+    except eagerq.StateError as error:
+        if "found nothing to quantize" not in str(error):
+            raise
+        facts["quantized"] = 0
+        return problems, facts
+    facts["quantized"] = sum(row[2] == "QAT" for row in eagerq.report(qat).rows)
+    qat.apply(eagerq.disable_fake_quant).apply(eagerq.disable_observer)
+    error, where = expected.difference(Step(qat, inputs, dtype))
+    facts["learning"] = error
+    if error > TOLERANCE[dtype]:
+        problems.append(f"QAT without fake quantization: {where} differs by {error:.1e}")
+    del expected
+
+    qat.float().apply(eagerq.enable_fake_quant).apply(eagerq.enable_observer)
+    step = Step(qat, inputs, torch.float32)
+    qat.train()
+    run(qat, inputs)  # Step put the observers' buffers back
+    if not all(torch.isfinite(t).all() for t in (*step.outputs, *(g for g in step.gradients if g is not None))):
+        problems.append("QAT: output or gradients hold NaN or infinity")
+    del step
+    if not facts["quantized"]:
+        return problems, facts
+    with torch.no_grad():
+        qat.eval()
+        wanted = run(qat, inputs)
+        try:
+            deployed = eagerq.convert(qat, inplace=True)
+        except eagerq.StateError as error:
+            problems.append(f"convert: {error}")
+            return problems, facts
+        given = run(deployed, inputs)
+    if not (len(wanted) == len(given) and all(_same(a, b) for a, b in zip(wanted, given, strict=True))):
+        problems.append("deployed: output differs from the QAT model's in eval")
+    return problems, facts
+
+
+def _evaluated(model: nn.Module, inputs: Inputs) -> dict[str, dict[str, Tensor]]:
+    """float32 outputs in eval and in train mode, and the statistics after."""
+    found: dict[str, dict[str, Tensor]] = {}
+    with torch.no_grad(), kept_buffers(model):
+        for mode in (False, True):
+            outputs = run(model.train(mode), inputs)
+            found[f"{'train' if mode else 'eval'} outputs"] = {str(i): o.clone() for i, o in enumerate(outputs)}
+        found["statistics"] = statistics(model)
+    return found
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal bit for bit, NaN included: QAT in eval may meet statistics that never moved."""
+    return a.shape == b.shape and bool(torch.equal(torch.nan_to_num(a, nan=123.0), torch.nan_to_num(b, nan=123.0)))
+
+
+def _is_about_dtype(error: RuntimeError) -> bool:
+    words = str(error).lower()
+    return any(word in words for word in ("dtype", "double", "float64", "scalar type"))
+
+
+
+

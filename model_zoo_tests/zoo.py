@@ -1,0 +1,268 @@
+"""Running the zoo: two checks a model, in processes of one thread each, kept on disk so that a stopped run goes on.
+
+``structure``: every model on the meta device, against the oracle (``structure.py``). ``real``: every model that fits the
+memory, on random data at the smallest input it takes (``laws.py``).
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import re
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from eagerq import integrations
+
+from .laws import FLOAT64_LIMIT, broken_laws, randomise, randomised
+from .structure import COLUMNS, Row, examine, holding_conv, on_meta, peak_mb
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = Path(__file__).with_name("table.csv")
+QUICK = Path(__file__).with_name("quick.txt")
+RESULTS = ROOT / ".zoo"
+SIZES = (32, 28, 48, 56, 64, 96, 112, 128, 160, 192, 224, 240, 256, 288, 320, 384, 448, 512)
+
+
+# --- one model
+
+
+def check_structure(name: str) -> dict[str, Any]:
+    """The row, the verdict and the classes of one model."""
+    model = on_meta(name)
+    classes = holding_conv(model)
+    row, verdict = examine(model, name)
+    return {"row": dataclasses.asdict(row), "verdict": dataclasses.asdict(verdict), "right": verdict.is_right, "classes": classes}
+
+
+def check_real(name: str) -> dict[str, Any]:
+    """The laws on one model with random weights, at the smallest input it takes."""
+    refused: list[str] = []
+    for options, shape in small_inputs(name):
+        model = randomised(lambda options=options: timm.create_model(name, num_classes=10, **options))  # type: ignore[misc]
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        try:
+            with torch.no_grad():
+                model.train()(x)
+        except Exception as error:  # the meta device takes inputs that kernels refuse
+            refused.append(f"{shape}: {error}"[:200])
+            continue
+        randomise(model)  # the forward moved the statistics
+        large = sum(p.numel() for p in model.parameters()) > FLOAT64_LIMIT
+        problems, facts = broken_laws(model, x, torch.float32 if large else torch.float64)
+        return {"problems": problems, "right": not problems, "shape": shape, "options": options, **facts}
+    raise RuntimeError(f"{name} runs at none of its sizes: {refused}")
+
+
+def small_inputs(name: str) -> Iterator[tuple[dict[str, Any], tuple[int, ...]]]:
+    """Options of ``create_model`` and input shapes that the model takes on the meta device, smallest first."""
+    guess = integrations.example_inputs(on_meta(name))
+    if not isinstance(guess, Tensor):
+        raise TypeError(f"{name}: no example input to begin with")
+    full = int(guess.shape[2])
+    sizes = [size for size in SIZES if size < full]
+    model = on_meta(name)
+    for size in sizes:
+        if runs_at(model, (2, guess.shape[1], size, size)):
+            yield {}, (2, guess.shape[1], size, size)
+    for size in sizes:
+        try:
+            model = on_meta(name, img_size=size)
+        except Exception:  # each model refuses it in a way of its own
+            continue
+        if runs_at(model, (2, guess.shape[1], size, size)):
+            yield {"img_size": size}, (2, guess.shape[1], size, size)
+    yield {}, tuple(guess.shape)
+
+
+def runs_at(model: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether a meta model takes this input, in train and in eval mode."""
+    try:
+        with torch.no_grad():
+            for mode in (True, False):
+                model.train(mode)(torch.empty(shape, device="meta"))
+    except Exception:
+        return False
+    return True
+
+
+CHECKS: dict[str, Callable[[str], dict[str, Any]]] = {"structure": check_structure, "real": check_real}
+
+
+def checked(kind: str, name: str) -> dict[str, Any]:
+    """One check in this process: its findings, or the crash it ended in."""
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    try:
+        found = CHECKS[kind](name)
+    except Exception:
+        found = {"right": False, "crash": traceback.format_exc(limit=-4)}
+    return {"kind": kind, "model": name, **found, "seconds": round(time.perf_counter() - start, 2), "peak_mb": round(peak_mb())}
+
+
+# --- all models
+
+
+def fingerprint() -> str:
+    """Of everything a result depends on: the code of eagerq and of the checks, and the libraries' versions."""
+    digest = hashlib.sha256(f"{torch.__version__} {timm.__version__}".encode())
+    here = Path(__file__).parent
+    for path in sorted([*(ROOT / "eagerq").rglob("*.py"), *(here / f"{n}.py" for n in ("laws", "oracle", "structure", "zoo"))]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+class Store:
+    """Results on disk, a line each; those of other code or other versions do not count."""
+
+    def __init__(self, folder: Path = RESULTS, *, any_code: bool = False) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "results.jsonl"
+        self.mark = fingerprint()
+        self.results: dict[tuple[str, str], dict[str, Any]] = {}
+        if self.path.exists():
+            for line in self.path.read_text().splitlines():
+                result = json.loads(line)
+                if any_code or result["code"] == self.mark:
+                    self.results[result["kind"], result["model"]] = result
+
+    def add(self, result: dict[str, Any]) -> None:
+        """Keep one more."""
+        result["code"] = self.mark
+        self.results[result["kind"], result["model"]] = result
+        with self.path.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+
+
+def parameters_of(names: Sequence[str]) -> dict[str, float]:
+    """Millions of parameters by model: as in the table, else counted."""
+    known = {row["model"]: float(row["parameters"]) for row in read_table()}
+    return {n: known[n] if n in known else sum(p.numel() for p in on_meta(n).parameters()) / 1e6 for n in names}
+
+
+def memory_mb(kind: str, millions: float) -> float:
+    """What one check is expected to need: its process, and on real tensors copies of weights and gradients."""
+    if kind == "structure":
+        return 1500.0
+    return 1500 + millions * (36 if millions * 1e6 <= FLOAT64_LIMIT else 18)
+
+
+def run_checks(
+    tasks: Sequence[tuple[str, str]], store: Store, jobs: int, budget_mb: float, done: Callable[[dict[str, Any]], None]
+) -> list[tuple[str, str]]:
+    """Run (kind, model) tasks within a memory budget; returns those that can never fit it."""
+    sizes = parameters_of(sorted({name for _, name in tasks}))
+    needs = {task: memory_mb(task[0], sizes[task[1]]) for task in tasks}
+    waiting = sorted((task for task in tasks if needs[task] <= budget_mb), key=needs.__getitem__)
+    running: dict[Future[dict[str, Any]], tuple[str, str]] = {}
+    pool = _pool(jobs)
+    while waiting or running:
+        used = sum(needs[task] for task in running.values())
+        while waiting and len(running) < jobs:
+            fitting = [i for i, task in enumerate(waiting) if needs[task] + used <= budget_mb]
+            if not fitting:
+                break
+            task = waiting.pop(fitting[0])
+            running[pool.submit(checked, *task)] = task
+            used += needs[task]
+        finished, _ = wait(running, return_when=FIRST_COMPLETED)
+        broken = False
+        for future in finished:
+            task = running.pop(future)
+            try:
+                result = future.result()
+            except BrokenProcessPool:
+                broken = True
+                alone = not running and len(finished) == 1
+                if not alone:  # whose fault it was is seen when each runs by itself
+                    store_alone(task, store, done)
+                    continue
+                result = {"kind": task[0], "model": task[1], "right": False, "crash": "the process was killed"}
+            store.add(result)
+            done(result)
+        if broken:
+            pool = _pool(jobs)
+    pool.shutdown()
+    return [task for task in tasks if needs[task] > budget_mb]
+
+
+def store_alone(task: tuple[str, str], store: Store, done: Callable[[dict[str, Any]], None]) -> None:
+    """One check in a process of its own."""
+    with _pool(1) as pool:
+        try:
+            result = pool.submit(checked, *task).result()
+        except BrokenProcessPool:
+            result = {"kind": task[0], "model": task[1], "right": False, "crash": "the process was killed"}
+    store.add(result)
+    done(result)
+
+
+def _pool(jobs: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=25)
+
+
+# --- the table
+
+
+def read_table() -> list[dict[str, str]]:
+    """The checked-in rows."""
+    if not TABLE.exists():
+        return []
+    with TABLE.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def rows_of(store: Store) -> list[dict[str, str]]:
+    """The rows found, as text, by name."""
+    found = [r["row"] for (kind, _), r in store.results.items() if kind == "structure" and "row" in r]
+    return [Row(**row).cells() for row in sorted(found, key=lambda row: row["model"])]
+
+
+def write_table(rows: Sequence[dict[str, str]]) -> None:
+    """Accept these rows."""
+    with TABLE.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def differences(found: Sequence[dict[str, str]], table: Sequence[dict[str, str]]) -> list[str]:
+    """What is new, gone or different, a readable line each."""
+    old, new = ({row["model"]: row for row in rows} for rows in (table, found))
+    lines = [f"+ {name}: {new[name]['fused'] or 'nothing fused'}" for name in sorted(new.keys() - old.keys())]
+    lines += [f"- {name}: no longer there" for name in sorted(old.keys() - new.keys())]
+    for name in sorted(new.keys() & old.keys()):
+        for column in COLUMNS[1:]:
+            if new[name][column] != old[name][column]:
+                before, after = (set(re.split("; ", row[name][column])) for row in (old, new))
+                lines.append(f"~ {name}, {column}: -[{'; '.join(sorted(before - after))}] +[{'; '.join(sorted(after - before))}]")
+    return lines
+
+
+def quick_cover(store: Store) -> list[str]:
+    """Models, small first, that hold every class of timm with a convolution at least once."""
+    found = [r for (kind, _), r in store.results.items() if kind == "structure" and r.get("classes")]
+    left = {cls for r in found for cls in r["classes"]}
+    chosen: list[str] = []
+    by_cost = sorted(found, key=lambda r: (r["row"]["parameters"], r["model"]))
+
+    def worth(result: dict[str, Any]) -> float:
+        return len(left.intersection(result["classes"])) / (5 + result["row"]["parameters"] + 10 * result["verdict"]["plan_s"])
+
+    while left:
+        best = max(by_cost, key=worth)
+        chosen.append(best["model"])
+        left.difference_update(best["classes"])
+    return sorted(chosen)
