@@ -14,7 +14,7 @@ import multiprocessing
 import re
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -146,16 +146,11 @@ class Store:
             file.write(json.dumps(result) + "\n")
 
 
-def parameters_of(names: Sequence[str]) -> dict[str, float]:
-    """Millions of parameters by model: as in the table, else counted."""
-    known = {row["model"]: float(row["parameters"]) for row in read_table()}
-    return {n: known[n] if n in known else sum(p.numel() for p in on_meta(n).parameters()) / 1e6 for n in names}
-
-
-def memory_mb(kind: str, millions: float) -> float:
+def memory_mb(kind: str, name: str, known: Mapping[str, float]) -> float:
     """What one check is expected to need: its process, and on real tensors copies of weights and gradients."""
     if kind == "structure":
         return 1500.0
+    millions = known[name] if name in known else sum(p.numel() for p in on_meta(name).parameters()) / 1e6
     return 1500 + millions * (36 if millions * 1e6 <= FLOAT64_LIMIT else 18)
 
 
@@ -163,8 +158,8 @@ def run_checks(
     tasks: Sequence[tuple[str, str]], store: Store, jobs: int, budget_mb: float, done: Callable[[dict[str, Any]], None]
 ) -> list[tuple[str, str]]:
     """Run (kind, model) tasks within a memory budget; returns those that can never fit it."""
-    sizes = parameters_of(sorted({name for _, name in tasks}))
-    needs = {task: memory_mb(task[0], sizes[task[1]]) for task in tasks}
+    known = {row["model"]: float(row["parameters"]) for row in (*read_table(), *rows_of(store))}
+    needs = {task: memory_mb(*task, known) for task in tasks}
     waiting = sorted((task for task in tasks if needs[task] <= budget_mb), key=needs.__getitem__)
     running: dict[Future[dict[str, Any]], tuple[str, str]] = {}
     pool = _pool(jobs)
