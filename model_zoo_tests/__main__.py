@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,12 +64,10 @@ def summary(store: Store, names: list[str], kinds: tuple[str, ...], unfit: list[
     if "structure" in kinds:
         rows = [r for r in found["structure"] if "row" in r]
         verdicts = [r["verdict"] for r in rows]
-        totals = Counter[str]()
-        for r in rows:
-            totals.update(r["row"]["fused"])
+        chains = sum(int(cell.split()[0]) for r in rows for cell in r["row"]["fused"].split("; ") if cell)
         lines += [
-            f"{len(rows)} rows; {sum(r['row']['links'] for r in rows)} true links of claimed types;"
-            f" {sum(totals.values())} chains fused",
+            f"{len(rows)} rows; {sum(int(r['row']['links']) for r in rows)} true links of claimed types;"
+            f" {chains} chains fused",
             f"{sum(len(v['false']) for v in verdicts)} false fusions, {sum(len(v['missed']) for v in verdicts)} missed links of"
             f" claimed types, {sum(len(v['unexplained']) for v in verdicts)} unexplained,"
             f" {sum('crash' in r for r in found['structure'])} crashes",

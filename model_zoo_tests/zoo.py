@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from eagerq import integrations
 
 from .laws import FLOAT64_LIMIT, broken_laws, randomise, randomised
-from .structure import COLUMNS, Row, examine, holding_conv, on_meta, peak_mb
+from .structure import COLUMNS, examine, holding_conv, on_meta, peak_mb
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = Path(__file__).with_name("table.csv")
@@ -44,7 +44,7 @@ def check_structure(name: str) -> dict[str, Any]:
     model = on_meta(name)
     classes = holding_conv(model)
     row, verdict = examine(model, name)
-    return {"row": dataclasses.asdict(row), "verdict": dataclasses.asdict(verdict), "right": verdict.is_right, "classes": classes}
+    return {"row": row.cells(), "verdict": dataclasses.asdict(verdict), "right": verdict.is_right, "classes": classes}
 
 
 def check_real(name: str) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def read_table() -> list[dict[str, str]]:
 def rows_of(store: Store) -> list[dict[str, str]]:
     """The rows found, as text, by name."""
     found = [r["row"] for (kind, _), r in store.results.items() if kind == "structure" and "row" in r]
-    return [Row(**row).cells() for row in sorted(found, key=lambda row: row["model"])]
+    return sorted(found, key=lambda row: row["model"])
 
 
 def write_table(rows: Sequence[dict[str, str]]) -> None:
@@ -251,10 +251,11 @@ def quick_cover(store: Store) -> list[str]:
     found = [r for (kind, _), r in store.results.items() if kind == "structure" and r.get("classes")]
     left = {cls for r in found for cls in r["classes"]}
     chosen: list[str] = []
-    by_cost = sorted(found, key=lambda r: (r["row"]["parameters"], r["model"]))
+    by_cost = sorted(found, key=lambda r: (float(r["row"]["parameters"]), r["model"]))
 
     def worth(result: dict[str, Any]) -> float:
-        return len(left.intersection(result["classes"])) / (5 + result["row"]["parameters"] + 10 * result["verdict"]["plan_s"])
+        cost = 5 + float(result["row"]["parameters"]) + 10 * result["verdict"]["plan_s"]
+        return len(left.intersection(result["classes"])) / cost
 
     while left:
         best = max(by_cost, key=worth)
