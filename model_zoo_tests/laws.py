@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import eagerq
+from eagerq.errors import StateError
 from eagerq.inputs import Inputs, as_runs
 
 from .oracle import ALL_NORMS, tensors
@@ -179,7 +180,7 @@ def broken_laws(model: nn.Module, example_inputs: Any, dtype: torch.dtype = torc
 
     try:
         qat = eagerq.convert_qat(fused, example_inputs=example_inputs, inplace=True)
-    except eagerq.StateError as error:
+    except StateError as error:
         if "found nothing to quantize" not in str(error):
             raise
         facts["quantized"] = 0
@@ -206,7 +207,7 @@ def broken_laws(model: nn.Module, example_inputs: Any, dtype: torch.dtype = torc
         wanted = run(qat, inputs)
         try:
             deployed = eagerq.convert(qat, inplace=True)
-        except eagerq.StateError as error:
+        except StateError as error:
             problems.append(f"convert: {error}")
             return problems, facts
         given = run(deployed, inputs)

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 import eagerq
+from eagerq.errors import StateError
 from eagerq.inputs import runs_for
 
 from .oracle import Seen, claimed_links, fx_links, operator_links, true_chains
@@ -133,7 +134,7 @@ def examine(model: nn.Module, name: str, example_inputs: Any = None, *, with_fx:
     try:
         qat = eagerq.convert_qat(plan.apply(model), example_inputs=example_inputs, inplace=True)
         qat_rows = eagerq.report(qat).rows
-    except eagerq.StateError as error:
+    except StateError as error:
         if "found nothing to quantize" not in str(error):
             raise
     left = Counter(f"{kind}: {without_names(reason, names)}" for _, kind, state, reason in qat_rows if state == "float")

@@ -62,6 +62,9 @@ def check_real(name: str) -> dict[str, Any]:
         randomise(model)  # the forward moved the statistics
         large = sum(p.numel() for p in model.parameters()) > FLOAT64_LIMIT
         problems, facts = broken_laws(model, x, torch.float32 if large else torch.float64)
+        if any("only zeros" in problem for problem in problems) and shape[-1] < 224:
+            refused.append(f"{shape}: {problems}"[:200])  # windows of one position have no relative coordinates but 0
+            continue
         return {"problems": problems, "right": not problems, "shape": shape, "options": options, **facts}
     raise RuntimeError(f"{name} runs at none of its sizes: {refused}")
 
