@@ -3,7 +3,8 @@
 from eagerq import errors
 from eagerq.checkpoint import load_checkpoint
 from eagerq.deploy import export_onnx
-from eagerq.errors import EagerqError
+from eagerq.errors import EagerqError, GuardError
+from eagerq.guarding import guard
 from eagerq.nn.modules.batchnorm import freeze_bn_stats, update_bn_stats
 from eagerq.patterns import DEFAULT_PATTERNS, Patterns
 from eagerq.plan import FusionPlan, Match, Skip
@@ -19,6 +20,7 @@ from eagerq.quant import (
     enable_observer,
 )
 from eagerq.record import float_state_dict
+from eagerq.unfusing import unfuse_modules
 from eagerq.verify import Comparison, compare_modules
 from eagerq.workflow import Report, convert, convert_qat, fuse_modules, plan_fusion, report
 
@@ -31,6 +33,7 @@ __all__ = [
     "EagerqError",
     "FakeQuantize",
     "FusionPlan",
+    "GuardError",
     "Match",
     "Patterns",
     "QConfig",
@@ -50,8 +53,10 @@ __all__ = [
     "float_state_dict",
     "freeze_bn_stats",
     "fuse_modules",
+    "guard",
     "load_checkpoint",
     "plan_fusion",
     "report",
+    "unfuse_modules",
     "update_bn_stats",
 ]

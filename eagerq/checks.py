@@ -16,6 +16,8 @@ _WRAPPERS = {
     "FullyShardedDataParallel": "convert first, then shard",
     "OptimizedModule": "pass the module that was given to torch.compile, and compile the result",
 }
+#: torch.ao's containers of functions, which compute in float until torch.ao converts them (torchvision's quantizable models).
+_FLOAT_IN_AO = {"FloatFunctional"}
 _FOREIGN = {
     "ScriptModule": "a scripted module has no Python forward to swap modules in",
     "GraphModule": "a graph module is what another quantizer or tracer left; pass the eager model it came from",
@@ -39,6 +41,8 @@ def check_model(model: Any) -> None:
             if cls.__name__ in _FOREIGN:
                 raise ModelError(f"wanted eager modules, found {where} to be a {cls.__name__}: {_FOREIGN[cls.__name__]}.")
         path = type(module).__module__.split(".")
+        if type(module).__name__ in _FLOAT_IN_AO:
+            continue
         if path[:2] == ["torch", "ao"] and {"qat", "quantized", "fake_quantize", "observer"}.intersection(path):
             raise ModelError(
                 f"wanted float modules, found {where} to be torch.ao's {type_name(type(module))};"

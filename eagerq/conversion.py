@@ -21,7 +21,7 @@ from eagerq.placement import Quantizable, Site, place, place_at_inputs
 from eagerq.quant.fake_quantize import FakeQuantize, disable_fake_quant
 from eagerq.quant.spec import QConfigMapping, Rule, selects
 from eagerq.record import Record, full_name, renamed_keys
-from eagerq.surgery import full_copy, meta_copy, names_of, replace_modules
+from eagerq.surgery import all_or_nothing, full_copy, meta_copy, names_of, replace_modules
 
 #: Functions that would be quantized if a module held them; named in the report.
 _HEAVY = frozenset(
@@ -126,7 +126,7 @@ class Conversion:
         may_hold = functools.partial(self._may_hold, watched.traces)
         while True:
             self.placement = place(watched.traces, self.quantizable, may_hold, self.mapping.default)
-            reason, bypassed = self._trial(runs, watched)
+            reason, bypassed = self._trial(watched)
             if not bypassed:
                 break
             for name in bypassed:
@@ -135,7 +135,7 @@ class Conversion:
         if reason is not None:
             self.placement = place_at_inputs(self.quantizable)
             self.notes.append(f"quantized at readers, since quantizing at producers breaks the run: {reason}")
-            reason, _ = self._trial(runs, watched)
+            reason, _ = self._trial(watched)
             if reason is not None:
                 raise StateError(
                     f"{type(self.model).__name__} does not run with its modules converted: {reason}."
@@ -156,7 +156,7 @@ class Conversion:
             and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
         )
 
-    def _trial(self, runs: tuple[Inputs, ...], watched: Watched) -> tuple[str | None, list[str]]:
+    def _trial(self, watched: Watched) -> tuple[str | None, list[str]]:
         """Convert a copy and run it: why it does not run, or which modules run no longer."""
         copied = meta_copy(self.model) if watched.on_meta else full_copy(self.model)
         try:
@@ -166,14 +166,20 @@ class Conversion:
         if watched.on_meta:
             copied.apply(disable_fake_quant)  # without values there is nothing to quantize; whether modules fit is asked
         modes = [watched.traces[0].training]
-        traces, errors = watch_copy(copied, runs, lambda module: isinstance(module, QATBase), modes, on_meta=watched.on_meta)
-        if errors:
-            return "; ".join(f"{type(e).__name__}: {e}" for e in errors.values()), []
+        traces, failures = watch_copy(
+            copied, watched.runs, lambda module: isinstance(module, QATBase), modes, on_meta=watched.on_meta
+        )
+        if failures:
+            return "; ".join(map(str, failures.values())), []
         pairs = list(zip(watched.traces, traces, strict=True))
         return None, [name for name in self.quantizable if any(a.counts[name] != b.counts[name] for a, b in pairs)]
 
     def apply(self, model: nn.Module, record: Record) -> nn.Module:
-        """Build everything, then swap it in; returns ``model``, or its QAT form if it is itself converted."""
+        """Build everything and swap it in, or change nothing; returns ``model``, or its QAT form if it is itself converted."""
+        with all_or_nothing(model):
+            return self._applied(model, record)
+
+    def _applied(self, model: nn.Module, record: Record) -> nn.Module:
         modules = dict(model.named_modules(remove_duplicate=False))
         aliases = names_of(model)
         new: dict[nn.Module, nn.Module] = {}
@@ -199,7 +205,6 @@ class Conversion:
             quantizers[site] = quantizer
             holder = model if site.kind == "model_input" else qat_modules.get(site.module) or modules[site.module]
             attach.append((site, holder))
-        # from here on nothing can fail
         for site, holder in attach:
             quantizer = quantizers[site]
             if site.kind == "output":
@@ -230,6 +235,7 @@ class Conversion:
             rows=tuple(self._rows()),
             sites=tuple((s.kind, s.module) for s in self.placement.sites),
             notes=tuple(self.notes),
+            originals={},
         ).attach(model)
         return model
 

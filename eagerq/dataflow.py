@@ -16,18 +16,19 @@ import types
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eagerq.errors import InputsError
-from eagerq.inputs import Inputs
-from eagerq.surgery import full_copy, meta_copy, names_of
+from eagerq.errors import InputsError, ModelError
+from eagerq.inputs import Inputs, misfit
+from eagerq.surgery import full_copy, meta_copy, names_of, state_tensors
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 #: Properties of a tensor that give values; every other property is a fact about it.
 _VALUE_PROPERTIES = frozenset({"data", "T", "mT", "H", "mH", "real", "imag", "grad", "_base"})
 #: Functions that read facts about a tensor, not its values.
@@ -37,10 +38,14 @@ _FACTS = frozenset(
     " is_conj is_neg __len__ __hash__".split()
 )
 #: Functions that may return their very argument; when they do, nothing happened.
-_MAYBE_NOTHING = frozenset(
+MAYBE_NOTHING = frozenset(
     "contiguous to float double half bfloat16 type type_as cpu cuda dropout dropout1d dropout2d dropout3d"
     " alpha_dropout feature_alpha_dropout requires_grad_ expand view_as".split()
 )
+
+
+#: Whether a forward is being watched here.
+watching: ContextVar[bool] = ContextVar("eagerq_watching", default=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +93,10 @@ class Trace:
         arguments: for values given directly, the position (``"0"``) or keyword of the argument.
         kept: values alive after the forward that the output does not show.
         shapes: of each value.
+        rewritten: values whose tensors were changed in place afterwards.
         parameter_readers: for each parameter (by name) that something outside leaf modules read, the first such call.
         contexts: for each leaf module the gradient modes and checkpoint regions it ran in.
+        changed_inputs, changed_outputs: leaf modules whose own hooks changed what they were given, or gave.
     """
 
     calls: list[Call] = dataclasses.field(default_factory=list)
@@ -102,9 +109,12 @@ class Trace:
     outputs: frozenset[int] = frozenset()
     kept: frozenset[int] = frozenset()
     shapes: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    rewritten: frozenset[int] = frozenset()
     training: bool = False
     parameter_readers: dict[str, Call] = dataclasses.field(default_factory=dict)
     contexts: dict[str, set[tuple[bool, int]]] = dataclasses.field(default_factory=lambda: defaultdict(set))
+    changed_inputs: set[str] = dataclasses.field(default_factory=set)
+    changed_outputs: set[str] = dataclasses.field(default_factory=set)
 
     def calls_of(self, name: str) -> list[Call]:
         """The calls of a leaf module."""
@@ -165,6 +175,11 @@ class _Values:
             self.shapes[self._numbers[key]] = tuple(tensor.shape)
         return self._numbers[key]
 
+    def rewritten(self) -> frozenset[int]:
+        """The values whose tensors were changed in place afterwards."""
+        last = dict(sorted(self._numbers))  # the highest version of each tensor
+        return frozenset(n for (uid, version), n in self._numbers.items() if version < last[uid])
+
     def alive(self) -> set[int]:
         numbers = set()
         for ref, uid in self._tensors.values():
@@ -179,14 +194,18 @@ class _Values:
 class _Recorder:
     """Fills a ``Trace`` while a forward runs."""
 
-    def __init__(self, model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> None:
+    def __init__(self, model: nn.Module, is_leaf: Callable[[nn.Module], bool], foreign: Mapping[int, str]) -> None:
         self.trace = Trace(training=model.training)
+        self.foreign = foreign
         self.values = _Values()
         self.names = {module: names[0] for module, names in names_of(model).items()}
         self.leaves = {module for module in self.names if is_leaf(module)}
+        self.hooked = {m for m in self.leaves if m._forward_pre_hooks or m._forward_hooks}
         self.stack: list[str] = []
         self.leaf: nn.Module | None = None  # the leaf that runs now,
         self.leaf_inputs: tuple[int, ...] = ()  # and what it was given
+        self.leaf_outputs: tuple[int, ...] = ()  # and gave, where it has hooks
+        self.regions: list[Any] = []  # hooks on saved tensors that leaves ran under
         self.inside = 0  # within a leaf or a function: what runs there is its own business
 
     def record(self, name: str, is_module: bool, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> None:
@@ -199,7 +218,30 @@ class _Recorder:
             trace.producer.setdefault(value, call)
 
     def numbers(self, obj: Any) -> tuple[int, ...]:
-        return tuple(self.values.number(t) for t in tensors_in(obj))
+        found = list(tensors_in(obj))
+        for tensor in found:
+            if id(tensor) in self.foreign:
+                raise ModelError(
+                    f"eagerq works on a copy of the model, and the copy's forward reads {self.foreign[id(tensor)]!r} of the"
+                    " original: a lambda or function that holds the model or a module of it (a closure over self) is not"
+                    " copied with it. Make it a method or functools.partial(function, self), or let it take the module as"
+                    " an argument."
+                )
+        self.inside += 1  # to look at a view's base is no reading of it
+        for tensor in found:
+            if tensor._base is not None:  # what is written to a view is written to its base
+                self.values.number(tensor._base)
+        self.inside -= 1
+        return tuple(map(self.values.number, found))
+
+    def context(self) -> tuple[bool, int]:
+        """Whether gradients are recorded here, and the number of the hooks on saved tensors (a checkpoint's), or 0."""
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if not hooks:
+            return torch.is_grad_enabled(), 0
+        if not any(hooks[0] is region for region in self.regions):
+            self.regions.append(hooks[0])  # alive, so that no later one has its address
+        return torch.is_grad_enabled(), 1 + next(i for i, region in enumerate(self.regions) if region is hooks[0])
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         name = self.names[module]
@@ -209,7 +251,6 @@ class _Recorder:
         if module in self.leaves:
             self.inside += 1
             self.leaf, self.leaf_inputs = module, self.numbers((args, kwargs))
-            self.trace.contexts[name].add(_context())
         else:
             if not self.stack and name == "":
                 self.trace.inputs = tuple(self.values.number(t) for t in tensors_in((args, kwargs), deep=True))
@@ -217,12 +258,30 @@ class _Recorder:
                 self.trace.arguments = {self.values.number(a): key for key, a in direct if isinstance(a, Tensor)}
             self.stack.append(name)
 
+    def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Behind the leaf's own pre-hooks."""
+        if module is self.leaf and self.numbers((args, kwargs)) != self.leaf_inputs:
+            self.trace.changed_inputs.add(self.names[module])
+
+    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Before the leaf's own hooks."""
+        if module is self.leaf:
+            self.leaf_outputs = self.numbers(output)
+
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         name = self.names[module]
+        if output is None and self.inside:  # it raised, and the model may go another way: it has read, and did not run
+            self.trace.counts[name] -= 1
         if module is self.leaf:
             self.inside -= 1
             self.leaf = None
-            self.record(name, True, self.leaf_inputs, self.numbers(output))
+            if output is None:
+                self.record(f"{name} (which raised)", False, self.leaf_inputs, ())
+            else:
+                self.trace.contexts[name].add(self.context())
+                self.record(name, True, self.leaf_inputs, self.numbers(output))
+                if module in self.hooked and self.leaf_outputs != self.trace.calls[-1].outputs:
+                    self.trace.changed_outputs.add(name)
         elif self.inside:
             return
         else:
@@ -231,15 +290,12 @@ class _Recorder:
             self.trace.exits[self.values.number(output)].append(Exit(name, len(self.trace.calls)))
 
     def function(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func in _ON_META and args and isinstance(args[0], Tensor) and args[0].is_meta:
+            func = _ON_META[func]
         if self.inside:
             return func(*args, **kwargs)
-        name = getattr(func, "__name__", str(func))
-        if name == "__get__":
-            prop = getattr(getattr(func, "__self__", None), "__name__", "")
-            if prop not in _VALUE_PROPERTIES:
-                return func(*args, **kwargs)
-            name = prop
-        elif name in _FACTS or name == "__set__":
+        name = reading_function(func)
+        if name is None:
             return func(*args, **kwargs)
         inputs = self.numbers((args, kwargs))
         self.inside += 1
@@ -248,15 +304,45 @@ class _Recorder:
         finally:
             self.inside -= 1
         outputs = self.numbers(result)
-        if not (name in _MAYBE_NOTHING and outputs and outputs == inputs[: len(outputs)]):
+        if not (name in MAYBE_NOTHING and outputs and outputs == inputs[: len(outputs)]):
             self.record(name.strip("_"), False, inputs, outputs)
         return result
 
 
-def _context() -> tuple[bool, int]:
-    """Whether gradients are recorded here, and which hooks hold back saved tensors (an activation checkpoint's)."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return torch.is_grad_enabled(), id(hooks[0]) if hooks else 0
+def _batch_norm(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """What batch norm does to shapes."""
+    return _learning(torch.empty_like(x), x, *args, *kwargs.values())
+
+
+def _learning(out: Tensor, *sources: Any) -> Tensor:
+    """``out``, with a gradient if one of ``sources`` has: models ask that before they checkpoint."""
+    if torch.is_grad_enabled():
+        for source in sources:
+            if isinstance(source, Tensor) and source.requires_grad:
+                return source.clone() if source.shape == out.shape else out + source.reshape(-1)[0]
+    return out
+
+
+def _lstm(x: Tensor, hx: Any, *args: Any) -> Any:
+    """What an LSTM does to shapes."""
+    if not isinstance(hx, (tuple, list)):  # packed sequences come with their batch sizes second
+        return torch.lstm(x, hx, *args)
+    directions = 2 if args[5] else 1
+    out = x.new_empty(*x.shape[:-1], directions * hx[0].shape[-1])
+    return tuple(_learning(t, x, *args[0]) for t in (out, torch.empty_like(hx[0]), torch.empty_like(hx[1])))
+
+
+#: PyTorch's own forms for shapes alone cost more than all else in a forward: a hundred calls, a step a token.
+_ON_META = {torch.batch_norm: _batch_norm, F.batch_norm: _batch_norm, torch.lstm: _lstm}
+
+
+def reading_function(func: Any) -> str | None:
+    """The name of a torch function that reads values; None for one that reads facts about tensors only."""
+    name: str = getattr(func, "__name__", str(func))
+    if name == "__get__":
+        name = getattr(getattr(func, "__self__", None), "__name__", "")
+        return name if name in _VALUE_PROPERTIES else None
+    return None if name in _FACTS or name == "__set__" else name
 
 
 class _Functions(TorchFunctionMode):
@@ -306,34 +392,48 @@ class _SavedState:
 
 
 def record_forward(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_leaf: Callable[[nn.Module], bool]
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    is_leaf: Callable[[nn.Module], bool],
+    foreign: Mapping[int, str] = types.MappingProxyType({}),
 ) -> Trace:
     """Run ``model(*args, **kwargs)`` once and say what it did; changes what a forward changes.
 
     Gradient mode is on, so that the model's own ``no_grad`` shows; no graph is kept.
+
+    Raises:
+        ModelError: before it reads one of the ``foreign`` tensors (name by id), those of another model.
     """
-    recorder = _Recorder(model, is_leaf)
+    recorder = _Recorder(model, is_leaf, foreign)
     handles = []
     for module in recorder.names:
+        if module in recorder.hooked:
+            handles.append(module.register_forward_pre_hook(recorder.begin, with_kwargs=True))
+            handles.append(module.register_forward_hook(recorder.end, prepend=True))
         # around all other hooks, so that those of a leaf are the leaf's own business
         handles.append(module.register_forward_pre_hook(recorder.enter, prepend=True, with_kwargs=True))
-        handles.append(module.register_forward_hook(recorder.leave, with_kwargs=True))
+        handles.append(module.register_forward_hook(recorder.leave, with_kwargs=True, always_call=True))
+    token = watching.set(True)
     try:
         with _SavedState(), torch.enable_grad(), _Operators(recorder), _Functions(recorder):
             output = model(*args, **kwargs)
             if isinstance(output, types.GeneratorType):
                 output = list(output)
     finally:
+        watching.reset(token)
         for handle in handles:
             handle.remove()
     trace = recorder.trace
     trace.shapes = recorder.values.shapes
+    trace.rewritten = recorder.values.rewritten()
     trace.outputs = frozenset(recorder.values.number(t) for t in tensors_in(output, deep=True))
     for name, parameter in model.named_parameters(remove_duplicate=False):
         readers = trace.readers.get(recorder.values.number(parameter), [])
         if readers:
             trace.parameter_readers[name] = readers[0]
     del output  # and with it the graph, if there is one
+    recorder.regions.clear()
     made = set(trace.producer)
     kept = (recorder.values.alive() & made) - trace.outputs
     if kept:
@@ -344,73 +444,123 @@ def record_forward(
 
 
 @dataclasses.dataclass(frozen=True)
+class Failure:
+    """What a forward raised, on which of how many inputs."""
+
+    error: Exception
+    index: int
+    of: int
+
+    def __str__(self) -> str:
+        where = f" (on input {self.index} of {self.of}, counted from 0)" if self.of > 1 else ""
+        return f"{type(self.error).__name__}: {self.error}{where}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Watched:
-    """Traces of all runs, and how they were taken."""
+    """Traces of ``runs``, those of the inputs that differ in what is seen, in each mode that ran; and how they were taken.
+
+    ``positions`` are those of the runs among the inputs.
+    """
 
     traces: tuple[Trace, ...]
     on_meta: bool
+    runs: tuple[Inputs, ...]
+    positions: tuple[int, ...]
     notes: tuple[str, ...] = ()
 
 
 def watch(model: nn.Module, runs: Sequence[Inputs], is_leaf: Callable[[nn.Module], bool], modes: Sequence[bool]) -> Watched:
     """Watch each of ``runs`` in each of ``modes`` (``training`` or not) on a copy, leaving no trace on ``model``.
 
-    The copy is on the meta device if the model runs there, else it holds the data. At least one mode
-    must run; a mode that does not is noted.
+    The copy is on the meta device if the model runs there, where inputs of one form count as one; else it
+    holds the data. At least one mode must run; a mode that does not is noted.
 
     Raises:
-        InputsError: if the model rejects the inputs in every mode.
+        InputsError: if the model rejects the inputs in every mode, or some of them in one.
+        ModelError: if the copy's forward reads tensors of ``model``.
     """
     on_meta = True
-    traces, errors = watch_copy(meta_copy(model), runs, is_leaf, modes, on_meta=True)
-    if errors:  # what fails on meta may still run on data
+    positions: dict[Any, int] = {}
+    for i, run in enumerate(runs):
+        positions.setdefault(run.form(), i)
+    watched = tuple(runs[i] for i in positions.values())
+    traces, failures = watch_copy(meta_copy(model), watched, is_leaf, modes, on_meta=True, original=model)
+    if failures:  # what fails on meta may still run on data
         on_meta = False
-        traces, errors = watch_copy(full_copy(model), runs, is_leaf, modes, on_meta=False)
-    if not traces:
-        error = errors.get(model.training) or next(iter(errors.values()))
+        watched, positions = tuple(runs), dict(enumerate(range(len(runs))))
+        traces, failures = watch_copy(full_copy(model), watched, is_leaf, modes, on_meta=False, original=model)
+    partly = next((failure for failure in failures.values() if failure.index > 0), None)
+    if not traces or partly is not None:
+        failure = partly or failures.get(model.training) or next(iter(failures.values()))
         raise InputsError(
-            f"{type(model).__name__} was to run once on example_inputs and raised {type(error).__name__}: {error}."
-            " Pass example_inputs that model(...) accepts: a tensor, a tuple of positional or a dict of keyword arguments."
-        ) from error
+            f"{type(model).__name__} was to run once on example_inputs and raised {failure}."
+            " Pass example_inputs that model(...) accepts: a tensor, a tuple of positional or a dict of keyword arguments, or"
+            f" several such in a list.{misfit(model, watched[failure.index])}"
+        ) from failure.error
     notes = tuple(
-        f"not watched in {'train' if mode else 'eval'} mode, where the forward raises {type(error).__name__}: {error}"
-        for mode, error in errors.items()
+        f"not watched in {'train' if mode else 'eval'} mode, where the forward raises {failure}"
+        for mode, failure in failures.items()
     )
-    return Watched(traces, on_meta, notes)
+    return Watched(traces, on_meta, watched, tuple(positions.values()), notes)
 
 
 def watch_copy(
-    copied: nn.Module, runs: Sequence[Inputs], is_leaf: Callable[[nn.Module], bool], modes: Sequence[bool], *, on_meta: bool
-) -> tuple[tuple[Trace, ...], dict[bool, Exception]]:
-    """Watch ``runs`` on a copy that may be used up: the traces of the modes that ran, and the errors of the others."""
+    copied: nn.Module,
+    runs: Sequence[Inputs],
+    is_leaf: Callable[[nn.Module], bool],
+    modes: Sequence[bool],
+    *,
+    on_meta: bool,
+    original: nn.Module | None = None,
+) -> tuple[tuple[Trace, ...], dict[bool, Failure]]:
+    """Watch ``runs`` on a copy that may be used up: the traces of the modes that ran, and the failures of the others.
+
+    Raises:
+        ModelError: if the forward reads tensors of ``original`` that the copy does not share.
+    """
+    own = {id(tensor) for tensor in state_tensors(copied)}
+    named = () if original is None else (*original.named_parameters(), *original.named_buffers())
+    foreign = {id(tensor): name for name, tensor in named if id(tensor) not in own}
     flags = [(module, module.training) for module in copied.modules()]
-    if on_meta:
-        for module, _ in flags:
-            if type(module) in _BATCH_NORMS and not any(
-                getattr(module, group) for group in ("_forward_pre_hooks", "_forward_hooks")
-            ):
-                module.forward = torch.empty_like  # PyTorch's meta batch norm costs more than all else in the forward
+    for module, _ in flags:  # no backward is run, and full hooks would wrap what modules give in views
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
+    for module, _ in flags:
+        if on_meta and getattr(module, "momentum", 0.0) is None:
+            vars(module)["momentum"] = 0.0  # an average over all batches reads their count, which has no value here
     parameters = [parameter for parameter in copied.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)  # gradient mode without a graph, which would keep every tensor alive
     traces: list[Trace] = []
-    errors: dict[bool, Exception] = {}
+    failures: dict[bool, Failure] = {}
     for mode in modes:
         if mode != copied.training:
             copied.train(mode)
+        seen: list[Trace] = []
         try:
-            arguments = [run.copied("meta" if on_meta else None) for run in runs]
-            traces += [_watched(copied, run, is_leaf, parameters if mode and on_meta else []) for run in arguments]
+            for run in runs:
+                given = run.copied("meta" if on_meta else None)
+                seen.append(_watched(copied, given, is_leaf, parameters if mode and on_meta else [], foreign))
+            traces += seen
+        except ModelError:
+            raise
         except Exception as error:  # whatever the model's own code raises
-            errors[mode] = error
+            failures[mode] = Failure(error, len(seen), len(runs))
         for module, training in flags:
             module.training = training
     for parameter in parameters:
         parameter.requires_grad_(True)
-    return tuple(traces), errors
+    return tuple(traces), failures
 
 
-def _watched(model: nn.Module, run: Inputs, is_leaf: Callable[[nn.Module], bool], parameters: Sequence[nn.Parameter]) -> Trace:
+def _watched(
+    model: nn.Module,
+    run: Inputs,
+    is_leaf: Callable[[nn.Module], bool],
+    parameters: Sequence[nn.Parameter],
+    foreign: Mapping[int, str],
+) -> Trace:
     """One trace; with ``parameters`` that record gradients, so that models take their activation checkpoints.
 
     The graph keeps tensors alive, so where anything is kept a second forward without it says what.
@@ -420,14 +570,14 @@ def _watched(model: nn.Module, run: Inputs, is_leaf: Callable[[nn.Module], bool]
         for parameter in parameters:
             parameter.requires_grad_(True)
         try:
-            recorded = record_forward(model, run.args, run.kwargs, is_leaf)
+            recorded = record_forward(model, run.args, run.kwargs, is_leaf, foreign)
         except Exception:  # what fails with gradients only fails in the caller's training as well
             recorded = None
         for parameter in parameters:
             parameter.requires_grad_(False)
     if recorded is not None and not recorded.kept:
         return recorded
-    trace = record_forward(model, run.args, run.kwargs, is_leaf)
+    trace = record_forward(model, run.args, run.kwargs, is_leaf, foreign)
     if recorded is not None:
         trace.contexts = recorded.contexts
     return trace

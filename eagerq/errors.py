@@ -27,6 +27,10 @@ class StateError(EagerqError, RuntimeError):
     """The model is not in the state the call needs (converted twice, never observed, ...)."""
 
 
+class GuardError(EagerqError, RuntimeError):
+    """Within ``eagerq.guard``, a forward went a way that a fused chain does not survive."""
+
+
 class CheckpointError(EagerqError, RuntimeError):
     """A checkpoint is damaged, or belongs to another architecture."""
 

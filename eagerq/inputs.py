@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+import itertools
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +15,9 @@ from torch.overrides import TorchFunctionMode
 
 from eagerq import integrations
 from eagerq.errors import InputsError
+
+#: Of an iterable that is no list, so many items are taken: it may be endless, and each is a forward or two.
+LIMIT = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +33,20 @@ class Inputs:
             args, kwargs = copy.deepcopy((self.args, self.kwargs))
         return Inputs(args, kwargs)
 
+    def form(self) -> Hashable:
+        """Equal for inputs that differ in the values of tensors only."""
+        return _form((self.args, self.kwargs))
+
+
+def _form(obj: Any) -> Hashable:
+    if isinstance(obj, Tensor):
+        return (type(obj), obj.shape, obj.dtype, obj.requires_grad, obj.stride() if obj.layout is torch.strided else obj.layout)
+    if isinstance(obj, Mapping):
+        return (type(obj), tuple((key, _form(value)) for key, value in obj.items()))
+    if isinstance(obj, (list, tuple)):
+        return (type(obj), tuple(map(_form, obj)))
+    return (type(obj), obj if isinstance(obj, (bool, int, float, str, bytes, type(None))) else id(obj))
+
 
 class _CopyTensors(TorchFunctionMode):
     def __init__(self, device: str | None) -> None:
@@ -41,28 +60,88 @@ class _CopyTensors(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def as_runs(example_inputs: Any) -> tuple[Inputs, ...]:
-    """``example_inputs`` as forwards to run: a tensor, a tuple (positional), a dict (keywords) or a list of these.
+def as_runs(example_inputs: Any, limit: int = LIMIT) -> tuple[Inputs, ...]:
+    """``example_inputs`` as forwards to run.
+
+    A tensor, a tuple (positional arguments) or a mapping (keyword arguments) is one forward; a list or
+    any other iterable holds such inputs, one forward each. An item that is itself a list, as a
+    DataLoader's batches are, holds positional arguments. A list is taken whole, of another iterable
+    the first ``limit`` items.
 
     Raises:
-        InputsError: for any other type, or an empty list.
+        InputsError: for any other type, or nothing at all.
     """
-    if isinstance(example_inputs, Inputs):
-        return (example_inputs,)
-    if isinstance(example_inputs, Tensor):
-        return (Inputs((example_inputs,), {}),)
-    if isinstance(example_inputs, tuple):
-        return (Inputs(example_inputs, {}),)
-    if isinstance(example_inputs, Mapping):
-        return (Inputs((), dict(example_inputs)),)
-    if isinstance(example_inputs, Iterable) and not isinstance(example_inputs, (str, bytes)):
-        runs = tuple(run for item in example_inputs for run in as_runs(item))
-        if runs:
-            return runs
-    raise InputsError(
-        "example_inputs must be a tensor, a tuple of positional arguments, a dict of keyword arguments, or a list of"
-        f" such inputs; found {type(example_inputs).__name__}{' (empty)' if isinstance(example_inputs, Sequence) else ''}."
+    run = _one(example_inputs)
+    if run is not None:
+        return (run,)
+    wanted = (
+        "example_inputs must be a tensor, a tuple of positional arguments, a dict of keyword arguments, or a list or other"
+        " iterable (a DataLoader) of such inputs"
     )
+    if not isinstance(example_inputs, Iterable) or isinstance(example_inputs, (str, bytes)):
+        raise InputsError(f"{wanted}; found {type(example_inputs).__name__}.")
+    runs = []
+    for i, item in enumerate(example_inputs if isinstance(example_inputs, list) else itertools.islice(example_inputs, limit)):
+        run = Inputs(tuple(item), {}) if isinstance(item, list) else _one(item)
+        if run is None:
+            raise InputsError(f"{wanted}; found {type(item).__name__} as item {i} of a {type(example_inputs).__name__}.")
+        runs.append(run)
+    if not runs:
+        raise InputsError(f"{wanted}; found {type(example_inputs).__name__} (empty).")
+    return tuple(runs)
+
+
+def _one(example_inputs: Any) -> Inputs | None:
+    if isinstance(example_inputs, Inputs):
+        return example_inputs
+    if isinstance(example_inputs, Tensor):
+        return Inputs((example_inputs,), {})
+    if isinstance(example_inputs, tuple):
+        return Inputs(tuple(example_inputs), {})
+    if isinstance(example_inputs, Mapping):
+        return Inputs((), dict(example_inputs))
+    return None
+
+
+def notes_on(example_inputs: Any, runs: tuple[Inputs, ...] | None) -> tuple[str, ...]:
+    """What to know of the runs taken from ``example_inputs``."""
+    if runs is None or len(runs) < LIMIT or _one(example_inputs) is not None or isinstance(example_inputs, list):
+        return ()
+    try:
+        if len(example_inputs) <= LIMIT:
+            return ()
+    except TypeError:  # a generator, or a loader of a dataset without a length
+        pass
+    kind = type(example_inputs).__name__
+    return (f"of example_inputs, a {kind}, the first {LIMIT} items are watched; pass a list to have all",)
+
+
+def misfit(model: nn.Module, run: Inputs) -> str:
+    """For an error: how the arguments and those that ``model.forward`` takes disagree, and what to pass; ``""`` if unknown."""
+    name = f"{type(model).__name__}.forward"
+    try:
+        parameters = inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):
+        return ""
+    kinds = {p.kind for p in parameters.values()}
+    places = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    given = len(run.args)
+    takes = len(places)
+    wrap = "(x for x, _ in loader)" if (takes, given) == (1, 2) else f"(batch[:{takes}] for batch in loader)"
+    if given > takes and inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return (
+            f" The inputs are {given} positional arguments, and {name} takes {takes} ({', '.join(places)}). A batch of inputs"
+            f" and labels is read as positional arguments: leave the labels out, as in {wrap}."
+        )
+    unknown = [key for key in run.kwargs if key not in parameters]
+    if unknown and inspect.Parameter.VAR_KEYWORD not in kinds:
+        return (
+            f" {name} takes no argument named {unknown[0]!r}, but {', '.join(parameters)}: leave it out, as in"
+            f" ({{key: batch[key] for key in {[key for key in run.kwargs if key in parameters]}}} for batch in loader)."
+        )
+    if given > 1:
+        return f" If the last of these {given} positional arguments is a label, leave it out, as in (x for x, _ in loader)."
+    return ""
 
 
 def runs_for(model: nn.Module, example_inputs: Any) -> tuple[Inputs, ...] | None:

@@ -132,7 +132,7 @@ class _One:
         self._adds()
         source: dict[str, Site] = {}
         for call, q in reads:
-            site = self.settled.get(self.origin(call.inputs[0]))
+            site = None if call.name in self.trace.changed_inputs else self.settled.get(self.origin(call.inputs[0]))
             own = Site("input", call.name, q.reads)  # type: ignore[arg-type]
             chosen = own if site is None or site.spec != q.reads else site
             if source.setdefault(call.name, chosen) != chosen:
@@ -200,6 +200,8 @@ class _One:
                 continue
             after = value if q.has_activation else self.activated(value)
             if after == value:
+                if call.name in self.trace.changed_outputs:  # by a hook, which runs behind the module's own quantizer
+                    continue
                 self._put(value, Site("output", call.name, q.qconfig.activation))
             elif not self._settle_at_exit(after, q.qconfig.activation):
                 # a function without a module of its own activates: quantized where it is read

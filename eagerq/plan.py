@@ -18,7 +18,7 @@ from eagerq.nn.modules.activation import result_may_be_rewritten
 from eagerq.nn.modules.hooks import POST_HOOKS, PRE_HOOKS, share_hooks
 from eagerq.patterns import Patterns
 from eagerq.record import Record, full_name, record_of, renamed_keys
-from eagerq.surgery import replace_modules
+from eagerq.surgery import all_or_nothing, replace_modules
 from eagerq.tables import table
 
 
@@ -35,6 +35,14 @@ class Match:
     names: tuple[str, ...]
     fused: type[Fused]
     copied: frozenset[str] = frozenset()
+
+    def inside(self, parent: str) -> Match:
+        """The same chain, seen from a model that holds this one under the name ``parent``."""
+        return Match(
+            tuple(full_name(parent, name) for name in self.names),
+            self.fused,
+            frozenset(full_name(parent, name) for name in self.copied),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +76,31 @@ class FusionPlan:
         Raises:
             PatternError: if ``model`` is not of the structure the plan was made for.
         """
-        new, renames = _build(model, self.matches)
-        record = (record_of(model) or Record()).absorbing(model)
-        model = replace_modules(model, new)
-        record.after_fusion(self, renames).attach(model)
+        with all_or_nothing(model):
+            built = _build(model, self.matches)
+            record = (record_of(model) or Record()).absorbing(model)
+            model = replace_modules(model, built.new)
+            record.after_fusion(self, built.renames, built.originals, built.inplace).attach(model)
         return model
+
+    def without(self, *names: str) -> FusionPlan:
+        """This plan less the chains that hold any of these modules, by full name.
+
+        Raises:
+            PatternError: for a name that stands in none of its chains.
+        """
+        known = {name for match in self.matches for name in match.names}
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise PatternError(
+                f"wanted names of modules that the plan fuses, found {unknown[0]!r}, which stands in none of its"
+                f" {len(self.matches)} chains; print(plan) shows them."
+            )
+        left_out = tuple(match for match in self.matches if not set(names).isdisjoint(match.names))
+        skips = tuple(Skip(match.names, "left out by the caller") for match in left_out)
+        return dataclasses.replace(
+            self, matches=tuple(match for match in self.matches if match not in left_out), skips=(*self.skips, *skips)
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain lists and strings, for JSON."""
@@ -98,12 +126,22 @@ class FusionPlan:
         return "\n".join(parts)
 
 
-def _build(model: nn.Module, matches: Sequence[Match]) -> tuple[dict[nn.Module, nn.Module], dict[str, str]]:
-    """New modules by the old ones they replace, and new state keys with the old ones; touches nothing."""
+@dataclasses.dataclass(frozen=True)
+class _Built:
+    """New modules by the old ones they replace; new state keys with the old ones; by name, what an adapter took apart
+    and what worked in place."""
+
+    new: dict[nn.Module, nn.Module]
+    renames: dict[str, str]
+    originals: dict[str, nn.Module]
+    inplace: frozenset[str]
+
+
+def _build(model: nn.Module, matches: Sequence[Match]) -> _Built:
     modules = dict(model.named_modules(remove_duplicate=False))
     new: dict[nn.Module, nn.Module] = {}
     renames: dict[str, str] = {}
-    moves: list[tuple[nn.Module, nn.Module, tuple[str, ...]]] = []
+    originals: dict[str, nn.Module] = {}
     for match in matches:
         missing = [name for name in match.names if name not in modules]
         if missing:
@@ -112,6 +150,7 @@ def _build(model: nn.Module, matches: Sequence[Match]) -> tuple[dict[nn.Module, 
             )
         members: list[nn.Module] = []
         placed: dict[str, nn.Module] = {}
+        taken_apart: list[tuple[nn.Module, nn.Module | None]] = []
         for name in match.names:
             original = modules[name]
             expansion = integrations.expand(original)
@@ -121,12 +160,16 @@ def _build(model: nn.Module, matches: Sequence[Match]) -> tuple[dict[nn.Module, 
                 if getattr(original, "inplace", False):
                     parts[-1].register_forward_hook(result_may_be_rewritten)
             elif parts != (original,):
-                moves += [(parts[0], original, PRE_HOOKS), (parts[-1], original, POST_HOOKS)]
+                originals[name] = original
+                taken_apart.append((original, expansion.rest))
             if name not in match.copied:
                 placed[name] = expansion.rest or nn.Identity().train(original.training)
             members += parts
         fused = match.fused(*members)
         placed[match.names[0]] = fused
+        for original, rest in taken_apart:  # only what begins a chain has the first hooks, only what ends one the others
+            share_hooks(fused, [original], PRE_HOOKS)
+            share_hooks(rest or fused, [original], POST_HOOKS)
         old_keys = {
             id(tensor): full_name(name, key)
             for name in match.names
@@ -135,6 +178,5 @@ def _build(model: nn.Module, matches: Sequence[Match]) -> tuple[dict[nn.Module, 
         for name, module in placed.items():
             new[modules[name]] = module
             renames.update(renamed_keys(name, module, old_keys))
-    for target, source, groups in moves:
-        share_hooks(target, [source], groups)
-    return new, renames
+    inplace = frozenset(name for match in matches for name in match.names if getattr(modules[name], "inplace", False))
+    return _Built(new, renames, originals, inplace)

@@ -20,6 +20,7 @@ from eagerq.nn.modules.hooks import POST_HOOKS, PRE_HOOKS
 from eagerq.nn.qat.base import QATBase
 from eagerq.patterns import Patterns, chain_name
 from eagerq.plan import FusionPlan, Match, Skip
+from eagerq.record import full_name
 from eagerq.surgery import full_copy, meta_copy, names_of
 
 _NORMS = frozenset((*NORMS_1D, *NORMS_2D, *NORMS_3D))
@@ -51,10 +52,13 @@ class Planner:
             for child in m._modules
         }
         self.traces: tuple[Trace, ...] = ()
+        self.positions: tuple[int, ...] = ()
         self.on_meta = True
+        self.watched_again = False
         if runs is not None:
             watched = watch(model, runs, self._is_leaf, (model.training, not model.training))
-            self.traces, self.on_meta = watched.traces, watched.on_meta
+            self.traces, self.on_meta, self.runs = watched.traces, watched.on_meta, watched.runs
+            self.positions = watched.positions
             self.notes += watched.notes
         else:
             self.notes.append("no example inputs: only chains inside an nn.Sequential are fused; pass example_inputs for others")
@@ -109,7 +113,7 @@ class Planner:
         if self.traces:
             calls = self.counts(name)
             if calls == 0:
-                return f"{name} did not run in the watched forward"
+                return self._never_ran(name)
             if calls > 1 and not idempotent:
                 return f"{name} runs {calls} times in one forward"
         return None
@@ -154,7 +158,11 @@ class Planner:
                 if found not in (None, reader):
                     return None, f"the output of {name} goes to {found} in one run and to {reader} in another"
                 found = reader
-        return found, "" if found else f"{name} did not run in the watched forward"
+        return found, "" if found else self._never_ran(name)
+
+    def _never_ran(self, name: str) -> str:
+        runs = len(self.positions)
+        return f"{name} did not run in {f'any of the {runs} watched runs' if runs > 1 else 'the watched forward'}"
 
     def _reader(self, trace: Trace, name: str, outputs: tuple[int, ...]) -> tuple[str | None, str]:
         if len(outputs) != 1:
@@ -180,11 +188,12 @@ class Planner:
 
     def apart(self, first: str, member: str) -> str | None:
         """Why a chain from ``first`` cannot hold ``member``, which also runs without it, or None."""
-        for trace in self.traces:
+        for i, trace in enumerate(self.traces):
             if not self.is_shared(member) and trace.counts[first] != trace.counts[member]:
                 mode = "train" if trace.training else "eval"
-                runs = trace.counts
-                return f"in {mode} mode {first} runs {runs[first]} times and {member} {runs[member]} times"
+                which = f" on input {self.positions[i % len(self.positions)]}" if len(self.positions) > 1 else ""
+                counts = trace.counts
+                return f"in {mode} mode{which} {first} runs {counts[first]} times and {member} {counts[member]} times"
         return None
 
     def other_context(self, name: str, following: str) -> str | None:
@@ -192,7 +201,8 @@ class Planner:
         normalises = not _NORMS.isdisjoint(self.types[following])  # a checkpoint would count a batch twice in its statistics
         for trace in self.traces:
             before, after = trace.contexts[name], trace.contexts[following]
-            if not normalises:
+            written_to = any(v in trace.rewritten for call in trace.calls_of(following) for v in call.outputs)
+            if not normalises and not written_to:  # else outside of a checkpoint autograd would keep what is then changed
                 before, after = ({(gradients, 0) for gradients, _ in contexts} for contexts in (before, after))
             if not before <= after:
                 break
@@ -314,11 +324,11 @@ class Planner:
         return best
 
     def _proposal(self, names: Sequence[str], types: tuple[type[nn.Module], ...]) -> str | None:
-        """The next module in registration order, if its type would lengthen the chain."""
-        candidate = self.next_sibling.get(names[-1])
-        if candidate is None or candidate not in self.types:
-            return None
-        return candidate if types + self.types[candidate] in self.prefixes else None
+        """The next module in registration order, or that which reads the output, if its type would lengthen the chain."""
+        for candidate in (self.next_sibling.get(names[-1]), self.follower(names[-1])[0]):
+            if candidate is not None and candidate in self.types and types + self.types[candidate] in self.prefixes:
+                return candidate
+        return None
 
     def _judge(self, names: tuple[str, ...]) -> Match | None:
         """A chain the user listed by name: a match, or a skip with the reason."""
@@ -383,29 +393,46 @@ class Planner:
         copied = meta_copy(self.model) if self.on_meta else full_copy(self.model)
         modes = list(dict.fromkeys(trace.training for trace in self.traces))
         try:
-            FusionPlan(tuple(matches), patterns=self.patterns).apply(copied)
+            copied = FusionPlan(tuple(matches), patterns=self.patterns).apply(copied)
         except Exception as error:  # whatever building a module of the user's raises
             return {}, f"{type(error).__name__}: {error}"
-        traces, errors = watch_copy(copied, self.runs or (), self._is_leaf, modes, on_meta=self.on_meta)
-        if errors:
-            return {}, "; ".join(f"{type(e).__name__}: {e}" for e in errors.values())
+        traces, failures = watch_copy(copied, self.runs or (), self._is_leaf, modes, on_meta=self.on_meta)
+        if failures:
+            return {}, "; ".join(map(str, failures.values()))
         bad: dict[Match, str] = {}
         absorbed = {name for match in matches for name in match.names}
-        same = True
-        for before, after in zip(self.traces, traces, strict=True):
+        pairs = list(zip(self.traces, traces, strict=True))
+        for before, after in pairs:
             for match in matches:
                 reason = _broken(match, before, after)
                 if reason is not None:
                     bad[match] = reason
-            same = same and _beside(before, absorbed) == _beside(after, absorbed)
-        return bad, None if same else "other modules and functions run than before"
+        if all(_beside(before, absorbed) == _beside(after, absorbed) for before, after in pairs):
+            return bad, None
+        if self._watch_again():
+            return self._trial(matches)
+        return bad, "other modules and functions run than before"
+
+    def _watch_again(self) -> bool:
+        """Once: take the traces anew, since a first forward may fill a cache that all copies share (a memoised function)."""
+        if self.watched_again:
+            return False
+        self.watched_again = True
+        copied = meta_copy(self.model) if self.on_meta else full_copy(self.model)
+        modes = list(dict.fromkeys(trace.training for trace in self.traces))
+        traces, failures = watch_copy(copied, self.runs or (), self._is_leaf, modes, on_meta=self.on_meta)
+        if failures:
+            return False
+        self.traces = traces
+        return True
 
 
 def _broken(match: Match, before: Trace, after: Trace) -> str | None:
     """What is wrong with the fused module's run beside the chain's, or None."""
     first, *rest = match.names
     if after.counts[first] != before.counts[first]:
-        return f"{first} ran {before.counts[first]} times and runs {after.counts[first]} times once fused"
+        how = "" if after.counts[first] else "; the model calls it past its name (from a list, by a bound method), out of reach"
+        return f"{first} ran {before.counts[first]} times and runs {after.counts[first]} times once fused{how}"
     for call in after.calls_of(first):
         seen = {e.name for value in call.outputs for e in after.exits.get(value, [])}
         seen.update(parent for value in call.outputs for r in after.readers.get(value, []) for parent in _upwards(r.parent))
@@ -413,7 +440,7 @@ def _broken(match: Match, before: Trace, after: Trace) -> str | None:
             if name not in match.copied and name not in seen:
                 return f"what {first} gives once fused does not arrive where {name} was"
     for i in range(len(match.fused.chain)):
-        if after.counts[f"{first}.{i}"] != before.counts[first]:
+        if after.counts[full_name(first, str(i))] != before.counts[first]:
             return f"a member of {' + '.join(match.names)} is also run from outside its place"
     return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ class Record:
         stage: ``"fused"``, ``"qat"`` or ``"deployed"``.
         patterns: those the model was fused with.
         matches, skips: of the fusion plans applied.
+        originals: modules that an adapter took apart to fuse them, by full name, until the model is converted.
+        inplace: full names of fused-away modules that worked in place.
         aliases: state keys with their earlier names, oldest (the float model's) first.
         runs: example inputs; without data, on the meta device, where the model runs on that.
         rows: the report's rows (name, type, state, reason).
@@ -37,19 +39,25 @@ class Record:
     patterns: Patterns = DEFAULT_PATTERNS
     matches: tuple[Match, ...] = ()
     skips: tuple[Skip, ...] = ()
+    originals: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict, compare=False)
+    inplace: frozenset[str] = frozenset()
     aliases: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     runs: tuple[Inputs, ...] | None = None
     rows: tuple[tuple[str, str, str, str], ...] = ()
     sites: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
 
-    def after_fusion(self, plan: FusionPlan, renames: Mapping[str, str]) -> Record:
-        """The record once ``plan`` was applied."""
+    def after_fusion(
+        self, plan: FusionPlan, renames: Mapping[str, str], originals: Mapping[str, nn.Module], inplace: frozenset[str]
+    ) -> Record:
+        """The record once ``plan`` was applied; state keys changed (new name: old name)."""
         return dataclasses.replace(
             self,
             patterns=plan.patterns,
             matches=(*self.matches, *plan.matches),
             skips=plan.skips,
+            originals={**self.originals, **originals},
+            inplace=self.inplace | inplace,
             aliases=self._aliased(renames),
             runs=None if plan.runs is None else tuple(run.copied("meta" if plan.on_meta else None) for run in plan.runs),
         )
@@ -65,16 +73,19 @@ class Record:
         return aliases
 
     def absorbing(self, model: nn.Module) -> Record:
-        """This record with the aliases of records on parts of ``model``, which are taken off: one place knows the keys."""
-        aliases = dict(self.aliases)
-        for name, module in model.named_modules():
-            inner = record_of(module)
-            if inner is None or module is model:
+        """This record with what those on parts of ``model`` know, which are taken off: one place knows the keys and chains."""
+        aliases, originals = dict(self.aliases), dict(self.originals)
+        matches, inplace = self.matches, self.inplace
+        for name, module, inner in list(records_in(model)):
+            if module is model:
                 continue
             for new, earlier in inner.aliases.items():
                 aliases[f"{name}.{new}"] = tuple(f"{name}.{old}" for old in earlier)
-            del vars(module)[_ATTRIBUTE]
-        return dataclasses.replace(self, aliases=aliases)
+            matches += tuple(match.inside(name) for match in inner.matches)
+            originals.update({f"{name}.{key}": original for key, original in inner.originals.items()})
+            inplace |= {f"{name}.{key}" for key in inner.inplace}
+            detach(module)
+        return dataclasses.replace(self, aliases=aliases, matches=matches, originals=originals, inplace=inplace)
 
     def attach(self, model: nn.Module) -> None:
         """Put this record on ``model``; from the first on, ``load_state_dict`` takes the earlier keys too."""
@@ -87,6 +98,22 @@ def record_of(model: nn.Module) -> Record | None:
     """The record on ``model``, or None."""
     found: Record | None = vars(model).get(_ATTRIBUTE)
     return found
+
+
+def records_in(model: nn.Module) -> Iterator[tuple[str, nn.Module, Record]]:
+    """The records on ``model`` and its parts, each with the full name and the module it is on."""
+    for name, module in model.named_modules():
+        record = record_of(module)
+        if record is not None:
+            yield name, module, record
+
+
+def detach(model: nn.Module) -> None:
+    """Take the record off ``model``; ``load_state_dict`` knows the model's own keys only."""
+    vars(model).pop(_ATTRIBUTE, None)
+    hooks = model._load_state_dict_pre_hooks
+    for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is _take_earlier_keys]:
+        del hooks[key]
 
 
 def renamed_keys(name: str, module: nn.Module, old_keys: Mapping[int, str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -35,6 +36,33 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.
     for children, name, module in slots:
         children[name] = module
     return new.get(model, model)
+
+
+#: Attributes every module has; those that are dicts or sets are changed in place.
+BOOKKEEPING = frozenset(vars(nn.Module()))
+
+
+@contextlib.contextmanager
+def all_or_nothing(*models: nn.Module) -> Iterator[None]:
+    """If an exception passes, put all modules of ``models`` back as they were: children, tensors, hooks and attributes.
+
+    Containers get their old contents back and stay the same objects, so handles of hooks still work.
+    """
+    saved = []
+    for module in {m: None for model in models for m in model.modules()}:
+        attributes = dict(vars(module))
+        held = [(v, copy.copy(v)) for k, v in attributes.items() if k in BOOKKEEPING and isinstance(v, (dict, set))]
+        saved.append((module, attributes, held))
+    try:
+        yield
+    except BaseException:
+        for module, attributes, held in saved:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for container, contents in held:
+                container.clear()
+                container.update(contents)
+        raise
 
 
 def state_tensors(model: nn.Module) -> Iterator[Tensor]:

@@ -66,7 +66,7 @@ def compare_modules(reference: nn.Module, model: nn.Module, example_inputs: Any)
     Raises:
         InputsError: if the models return no tensors to compare.
     """
-    run = as_runs(example_inputs)[0]
+    run = as_runs(example_inputs, limit=1)[0]
     record = record_of(model)
     own = dict(reference.named_modules())
     last: dict[str, str] = {}

@@ -13,7 +13,8 @@ from torch import nn
 from eagerq.checks import check_model
 from eagerq.conversion import Conversion
 from eagerq.errors import StateError
-from eagerq.inputs import runs_for
+from eagerq.guarding import guard_if_asked
+from eagerq.inputs import notes_on, runs_for
 from eagerq.nn.qat.base import QATOp
 from eagerq.nn.quantized import QuantizedModule, fixed_quantizer, is_deployed, is_qat
 from eagerq.patterns import DEFAULT_PATTERNS, Patterns
@@ -22,7 +23,7 @@ from eagerq.planner import Planner, parse_patterns
 from eagerq.quant.fake_quantize import FakeQuantize
 from eagerq.quant.spec import QConfigLike, QConfigMapping, Rule, as_mapping
 from eagerq.record import Record, record_of
-from eagerq.surgery import full_copy, replace_modules
+from eagerq.surgery import all_or_nothing, full_copy, replace_modules
 from eagerq.tables import table
 
 
@@ -34,9 +35,12 @@ def plan_fusion(model: nn.Module, patterns: Any = None, example_inputs: Any = No
         patterns: None for ``eagerq.DEFAULT_PATTERNS``, a ``Patterns``, tuples of module types
             (``[(nn.Conv2d, nn.BatchNorm2d, nn.ReLU)]``) or lists of module names
             (``[["conv1", "bn1", "relu"]]``).
-        example_inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments, or a
-            list of such; None where the model itself says what it takes (timm, torchvision,
-            transformers). They are run on the meta device where the model can, else on data, without gradient.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments; or a list or
+            other iterable of such, each a run, and a chain holds only if it held in every one. A
+            DataLoader's batches are positional arguments: leave labels out, ``(x for x, _ in loader)``. A
+            list is taken whole, of any other iterable the first 8 items. None where the model itself
+            says what it takes (timm, torchvision, transformers). Each run is watched in train and in eval
+            mode, on the meta device where the model can (runs of equal shapes once), else on data.
 
     Raises:
         ModelError: for something that is no eager float model.
@@ -47,13 +51,17 @@ def plan_fusion(model: nn.Module, patterns: Any = None, example_inputs: Any = No
     if is_qat(model) or is_deployed(model):
         raise StateError("wanted a float model to fuse, found one that convert_qat has converted; fuse first, then convert.")
     parsed, listed = parse_patterns(patterns, DEFAULT_PATTERNS)
-    return Planner(model, parsed, runs_for(model, example_inputs)).plan(listed)
+    runs = runs_for(model, example_inputs)
+    plan = Planner(model, parsed, runs).plan(listed)
+    return dataclasses.replace(plan, notes=(*plan.notes, *notes_on(example_inputs, runs)))
 
 
 def fuse_modules(model: nn.Module, patterns: Any = None, example_inputs: Any = None, *, inplace: bool = False) -> nn.Module:
     """Wrap each confirmed chain in an ``nni`` module; the model computes what it did.
 
     The fused module stands at the chain's first name and the others become ``nn.Identity``.
+    ``unfuse_modules`` gives the float model back. ``guard`` checks ways that ``example_inputs`` did not
+    take; with the environment variable ``EAGERQ_GUARD=1`` the fused model checks each of its forwards.
     Arguments and errors are those of ``plan_fusion``; a listed chain that the watched forward
     refutes is left alone with a warning.
 
@@ -64,7 +72,7 @@ def fuse_modules(model: nn.Module, patterns: Any = None, example_inputs: Any = N
     if parse_patterns(patterns, DEFAULT_PATTERNS)[1] is not None:
         for skip in plan.skips:
             warnings.warn(f"{' + '.join(skip.names)} is not fused: {skip.reason}", stacklevel=2)
-    return plan.apply(model if inplace else full_copy(model))
+    return guard_if_asked(plan.apply(model if inplace else full_copy(model)))
 
 
 def convert_qat(
@@ -100,6 +108,7 @@ def convert_qat(
     record = record_of(model) or Record()
     conversion = Conversion(model, patterns or record.patterns, mapping)
     runs = runs_for(model, example_inputs) or record.runs
+    conversion.notes += notes_on(example_inputs, runs)
     conversion.decide(runs)
     target = model if inplace else full_copy(model)
     return conversion.apply(target, record)
@@ -167,6 +176,11 @@ def convert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             " run model.apply(eagerq.enable_fake_quant), or keep that module float by a qconfig rule."
         )
     target = model if inplace else full_copy(model)
+    with all_or_nothing(target):
+        return _deployed(target).eval()
+
+
+def _deployed(target: nn.Module) -> nn.Module:
     new: dict[nn.Module, nn.Module] = {}
     for name, module in target.named_modules():
         if isinstance(module, QATOp):
@@ -188,4 +202,4 @@ def convert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
                     setattr(module, slot, new[quantizer])
     target = replace_modules(target, new)
     record.attach(target)
-    return target.eval()
+    return target

@@ -735,6 +735,27 @@ NETS: tuple[Net, ...] = (
         ("conv bn relu -> ConvBnReLU2d",),
     ),
     Net(
+        "checkpointed_act_rewritten",
+        lambda: Made(
+            lambda m, x: m.last(checkpoint(m.relu, m.conv(x), use_reentrant=False)),
+            conv=conv(),
+            relu=nn.ReLU(),
+            last=nn.ReLU6(inplace=True),
+        ),
+        (),
+        {"conv relu": "checkpoints"},
+    ),
+    Net(
+        "checkpointed_act",
+        lambda: Made(
+            lambda m, x: m.last(checkpoint(m.relu, m.conv(x), use_reentrant=False)),
+            conv=conv(),
+            relu=nn.ReLU(),
+            last=nn.ReLU6(),
+        ),
+        ("conv relu -> ConvReLU2d",),
+    ),
+    Net(
         "autocast",
         lambda: Made(lambda m, x: _autocast(m, x), conv=conv(), bn=bn(), relu=nn.ReLU()),
         ("conv bn relu -> ConvBnReLU2d",),
@@ -890,6 +911,14 @@ NETS: tuple[Net, ...] = (
         lambda: _with(straight(), lambda m: m.bn.register_full_backward_hook(lambda *a: None)),
         ("conv bn -> ConvBn2d",),
         {"conv bn relu": "bn carries hooks"},
+    ),
+    Net(
+        "backward_hook_at_the_end",
+        lambda: _with(
+            Made(lambda m, x: m.act(m.fc(x)), fc=nn.Linear(6, 6), act=nn.ReLU()),
+            lambda m: m.act.register_full_backward_hook(lambda *a: None),
+        ),
+        ("fc act -> LinearReLU",),
     ),
     Net(
         "hook_on_shared_relu",

@@ -684,3 +684,23 @@ def test_gradients_reach_the_input_through_a_fused_model() -> None:
     eagerq.fuse_modules(net.model(), example_inputs=net.inputs())(x).sum().backward()
     assert x.grad is not None
     assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_shapes_behind_a_recurrent_module(bidirectional: bool, batch_first: bool) -> None:
+    """On the meta device an LSTM is not run step by step; its shapes, and the chain behind it, are those of a run on data."""
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(4, 5, 2, bidirectional=bidirectional, batch_first=batch_first, proj_size=3)
+            self.fc, self.relu = nn.Linear(6 if bidirectional else 3, 2), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y, (h, c) = self.lstm(x)
+            return self.relu(self.fc(y)) + h.mean() + c.mean() if h.requires_grad or not self.training else y[:, :, :2]
+
+    plan = eagerq.plan_fusion(Recurrent().train(), example_inputs=torch.zeros(2, 7, 4))
+    assert plan.on_meta
+    assert [match.names for match in plan.matches] == [("fc", "relu")]

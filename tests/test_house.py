@@ -25,7 +25,7 @@ FLOORS = (
     ("nn",),
     ("integrations", "surgery", "inputs", "dataflow", "checks"),
     ("patterns",),
-    ("record", "plan", "planner", "placement", "conversion"),
+    ("record", "plan", "planner", "placement", "conversion", "chains", "guarding", "unfusing"),
     ("workflow", "verify", "checkpoint"),
     ("deploy",),
     ("cli", "demo", "__main__"),

@@ -33,7 +33,9 @@ def _norm_act(module: nn.Module, norm: nn.Module) -> Expansion:
     """A norm with drop and activation inside: (norm, activation), or the norm alone if something is dropped between."""
     drop, act = getattr(module, "drop", nn.Identity()), getattr(module, "act", nn.Identity())
     if type(drop) is not nn.Identity:
-        return Expansion((norm,), nn.Sequential(drop, act).train(module.training))
+        rest = nn.Sequential(drop, act)
+        rest.training = module.training  # not train(), which would set the modes of the module's own children
+        return Expansion((norm,), rest)
     return Expansion((norm,) if type(act) is nn.Identity else (norm, act))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eagerq.nn.modules.hooks import POST_HOOKS, PRE_HOOKS, share_hooks
 from eagerq.nn.modules.ops import Op
 from eagerq.nn.qat.base import QATBase, QATOp
 from eagerq.quant.fake_quantize import FakeQuantize
@@ -110,13 +111,14 @@ class QuantizedModule(QuantState):
 
     @classmethod
     def from_qat(cls, qat: QATOp) -> QuantizedModule:
-        """The deployed form of a QAT module; its activation is shared, its quantizers are still to be fixed.
+        """The deployed form of a QAT module; its activation and hooks are shared, its quantizers are still to be fixed.
 
         Raises:
             StateError: if the QAT module cannot be folded or stored.
         """
         self = cls(qat)
         self.training = False  # that of what it shares with the QAT module stays as it was
+        share_hooks(self, [qat], (*PRE_HOOKS, *POST_HOOKS))
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:

@@ -117,7 +117,10 @@ class FakeQuantize(QuantState):
         Raises:
             StateError: if nothing was observed, or only zeros, NaN or infinity.
         """
-        remedy = "run training steps on representative data with observers enabled, then convert."
+        remedy = (
+            "run training steps on representative data with observers enabled, then convert. Where the model itself makes it"
+            " always zero (the first queries of a decoder), keep the module that reads it float by a qconfig rule of None."
+        )
         if not self.has_range():
             seen = "only zeros, NaN or infinity" if self.observed else "nothing"
             raise StateError(f"{name} was to hold an observed range, but its observer saw {seen}; {remedy}")

@@ -55,7 +55,7 @@ class Fused(nn.Sequential):
             return super().__getattr__(name)
         except AttributeError:
             first = self.__dict__.get("_modules", {}).get("0")
-            if first is None or name.startswith("__"):
+            if first is None or name.startswith("__") or name.isdigit():  # digits are the chain's own members
                 raise
             return getattr(first, name)
 

@@ -1,0 +1,145 @@
+"""Ways of use that once went wrong, each as a law of its own."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import eagerq
+from eagerq.errors import StateError
+from eagerq.nn import intrinsic as nni
+from eagerq.nn import qat as nnqat
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)).train()
+
+
+def images(n: int = 4) -> Tensor:
+    return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def qat_of(model: nn.Module, x: Tensor) -> nn.Module:
+    return eagerq.convert_qat(eagerq.fuse_modules(model, example_inputs=x), example_inputs=x)
+
+
+def test_an_average_of_weights_holds_finite_ranges() -> None:
+    """An exponential average starts from buffers that saw nothing: infinite ones would stay infinite for ever."""
+    qat = qat_of(small(), images())
+    average = AveragedModel(qat, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
+    for _ in range(3):
+        qat(images()).sum().backward()
+        average.update_parameters(qat)
+    assert all(torch.isfinite(t).all() for t in average.module.state_dict().values())
+    assert torch.isfinite(average.module.eval()(images())).all()
+    assert torch.isfinite(eagerq.convert(average.module)(images())).all()
+
+
+def test_checkpointed_densenet_counts_each_batch_once() -> None:
+    """timm's memory-efficient DenseNet recomputes conv and norm in backward; fusing must not move a norm in or out."""
+    torch.manual_seed(0)
+    model = timm.create_model("densenet121", memory_efficient=True, num_classes=4).train()
+    fused = eagerq.fuse_modules(model)
+    x = torch.randn(2, 3, 32, 32)
+    for m in (model, fused):
+        m(x).square().sum().backward()
+    state = eagerq.float_state_dict(fused)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+class Frozen(nn.Module):
+    """Its stem takes no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.conv(x)
+        return self.relu(self.bn(x))
+
+
+def test_a_gradient_boundary_is_kept() -> None:
+    model = Frozen().train()
+    plan = eagerq.plan_fusion(model, example_inputs=images())
+    assert [match.names for match in plan.matches] == [("bn", "relu")]
+    assert "gradient modes" in next(skip.reason for skip in plan.skips if skip.names == ("conv", "bn"))
+
+
+def test_a_model_that_is_one_module_is_converted_itself() -> None:
+    linear = nn.Linear(6, 3)
+    qat = eagerq.convert_qat(linear, example_inputs=torch.randn(4, 6))
+    assert type(qat) is nnqat.Linear
+    assert qat.weight is not linear.weight
+    qat.train()(torch.randn(4, 6))
+    deployed = eagerq.convert(qat)
+    x = torch.randn(4, 6)
+    assert torch.equal(deployed(x), qat.eval()(x))
+
+
+def test_a_fused_part_of_a_larger_model_takes_float_checkpoints() -> None:
+    torch.manual_seed(0)
+    state = nn.Sequential(small(), nn.Linear(5, 2)).state_dict()
+    model = nn.Sequential(qat_of(small(), images()), nn.Linear(5, 2))
+    model.load_state_dict(state, strict=True)
+    found = eagerq.float_state_dict(model)
+    assert found.keys() == state.keys()
+    assert all(torch.equal(value, found[key]) for key, value in state.items())
+
+
+class Tied(nn.Module):
+    """A head that is the embedding's weight, through a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.mix = nn.Embedding(11, 6), nn.Linear(6, 6)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.linear(self.mix(self.embedding(tokens)), self.embedding.weight)
+
+
+def test_a_weight_that_a_function_reads_stays_float() -> None:
+    model, tokens = Tied(), torch.randint(0, 11, (2, 5))
+    qat = eagerq.convert_qat(model, example_inputs=tokens)
+    assert type(qat.embedding) is nn.Embedding
+    assert type(qat.mix) is nnqat.Linear
+    assert dict(eagerq.report(qat).left_float)["embedding"].startswith("embedding.weight is also read by function linear")
+
+
+def test_what_is_written_through_a_fused_module_reaches_the_member() -> None:
+    fused = nni.ConvBnReLU2d(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    fused.stride = (2, 2)
+    assert fused[0].stride == (2, 2)
+    assert fused(images()).shape == (4, 8, 3, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_deployed_model_changes_dtype_without_losing_codes(dtype: torch.dtype) -> None:
+    qat = qat_of(small(), images())
+    qat(images())
+    deployed = eagerq.convert(qat)
+    cast = copy.deepcopy(deployed).to(dtype)
+    for name, tensor in deployed.state_dict().items():
+        found = cast.state_dict()[name]
+        if not tensor.is_floating_point():
+            assert torch.equal(found, tensor), name
+    out = cast(images().to(dtype))
+    assert out.dtype == dtype
+    wanted = deployed(images())
+    assert (out.float() - wanted).square().mean() <= 0.01 * wanted.square().mean()
+
+
+def test_switched_off_quantizers_are_not_deployed() -> None:
+    qat = qat_of(small(), images())
+    qat(images())
+    qat.apply(eagerq.disable_fake_quant)
+    with pytest.raises(StateError, match="fake quantization disabled"):
+        eagerq.convert(qat)
