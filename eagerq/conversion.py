@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from eagerq import integrations
-from eagerq.dataflow import Trace, Watched, watch, watch_copy
+from eagerq.dataflow import Watched, watch, watch_copy
 from eagerq.errors import InputsError, SpecError, StateError
 from eagerq.inputs import Inputs
 from eagerq.nn.intrinsic.fused import Fused, type_name
@@ -22,6 +22,7 @@ from eagerq.quant.fake_quantize import FakeQuantize, disable_fake_quant
 from eagerq.quant.spec import QConfigMapping, Rule, selects
 from eagerq.record import Record, full_name, renamed_keys
 from eagerq.surgery import all_or_nothing, full_copy, meta_copy, names_of, replace_modules
+from eagerq.trace import Trace
 
 #: Functions that would be quantized if a module held them; named in the report.
 _HEAVY = frozenset(

@@ -15,9 +15,9 @@ from torch import nn
 
 from eagerq.chains import ChainWatch, FunctionsSeen, OperatorsSeen, chains_of
 from eagerq.checks import check_model
-from eagerq.dataflow import watching
 from eagerq.errors import StateError
 from eagerq.record import records_in
+from eagerq.recorder import watching
 
 _SWITCH = "EAGERQ_GUARD"
 

@@ -174,3 +174,40 @@ DEFAULT_PATTERNS = Patterns(
     tuple(cls for cls in _public(nni) if cls.chain),
     tuple(cls for cls in (*_public(nnqat), *_public(nniqat)) if cls._FLOAT_MODULE is not nn.Module),
 )
+
+
+def parse_patterns(patterns: Any, default: Patterns) -> tuple[Patterns, list[list[str]] | None]:
+    """What ``patterns`` stands for: a ``Patterns``, and the chains listed by module name, if they are.
+
+    Raises:
+        PatternError: if it is empty, mixed or of another form.
+    """
+    if patterns is None:
+        return default, None
+    if isinstance(patterns, Patterns):
+        if not patterns.chains:
+            raise PatternError("patterns are empty; pass None for eagerq.DEFAULT_PATTERNS, or name at least one chain.")
+        return patterns, None
+    wanted = "patterns are a Patterns, tuples of module types, or lists of module names"
+    if isinstance(patterns, (str, bytes, Mapping)):
+        raise PatternError(f"{wanted}; found a {type(patterns).__name__}.")
+    try:
+        entries = list(patterns)
+    except TypeError:
+        raise PatternError(f"{wanted}; found {type(patterns).__name__}.") from None
+    if not entries:
+        raise PatternError("patterns are empty; pass None for eagerq.DEFAULT_PATTERNS, or name at least one chain.")
+    if all(isinstance(e, (str, type)) for e in entries):
+        entries = [entries]  # one chain, given bare
+    chains: list[list[Any]] = []
+    for entry in entries:
+        if isinstance(entry, (str, bytes)) or not isinstance(entry, Sequence):
+            raise PatternError(f"{wanted}; found {entry!r} among them.")
+        chains.append(list(entry))
+    if all(chain and all(isinstance(x, str) for x in chain) for chain in chains):
+        return default, chains
+    for chain in chains:
+        for item in chain:
+            if not (isinstance(item, type) and issubclass(item, nn.Module)):
+                raise PatternError(f"{wanted}, not mixed; found {item!r} in {chain!r}.")
+    return default.selecting(chains), None

@@ -12,10 +12,10 @@ from typing import Literal
 
 from torch import nn
 
-from eagerq.dataflow import Call, Trace
 from eagerq.nn.intrinsic.qat.mixins import NormActQAT, WithAct
 from eagerq.nn.modules.ops import EmbeddingOp, LinearOp
 from eagerq.quant.spec import QConfig, QuantSpec
+from eagerq.trace import Call, Trace
 
 Kind = Literal["output", "exit", "input", "model_input"]
 

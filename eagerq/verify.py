@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eagerq.dataflow import tensors_in
 from eagerq.errors import InputsError
 from eagerq.inputs import as_runs
 from eagerq.record import record_of
 from eagerq.tables import table
+from eagerq.trace import tensors_in
 
 
 @dataclasses.dataclass(frozen=True)

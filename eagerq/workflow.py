@@ -17,9 +17,9 @@ from eagerq.guarding import guard_if_asked
 from eagerq.inputs import notes_on, runs_for
 from eagerq.nn.qat.base import QATOp
 from eagerq.nn.quantized import QuantizedModule, fixed_quantizer, is_deployed, is_qat
-from eagerq.patterns import DEFAULT_PATTERNS, Patterns
+from eagerq.patterns import DEFAULT_PATTERNS, Patterns, parse_patterns
 from eagerq.plan import FusionPlan
-from eagerq.planner import Planner, parse_patterns
+from eagerq.planner import Planner
 from eagerq.quant.fake_quantize import FakeQuantize
 from eagerq.quant.spec import QConfigLike, QConfigMapping, Rule, as_mapping
 from eagerq.record import Record, record_of

@@ -1,0 +1,340 @@
+"""Record one eager forward: who reads whose output, and how often each module is called.
+
+A value is a tensor at one version: an in-place operation makes a new value. Module hooks see
+modules, a ``TorchFunctionMode`` sees functions, and a ``TorchDispatchMode`` sees operators that reach
+PyTorch past both. What is still alive after the forward was kept by somebody. So nothing depends
+on how the model is written; there is no tracing.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import sys
+import types
+import weakref
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from eagerq.errors import ModelError
+from eagerq.surgery import names_of
+from eagerq.trace import Call, Exit, Trace, tensors_in
+
+#: Properties of a tensor that give values; every other property is a fact about it.
+_VALUE_PROPERTIES = frozenset({"data", "T", "mT", "H", "mH", "real", "imag", "grad", "_base"})
+#: Functions that read facts about a tensor, not its values.
+_FACTS = frozenset(
+    "size dim ndimension stride numel nelement is_contiguous is_floating_point is_complex is_signed"
+    " element_size get_device storage_offset is_same_size is_tensor result_type can_cast is_inference"
+    " is_conj is_neg __len__ __hash__".split()
+)
+#: Functions that may return their very argument; when they do, nothing happened.
+MAYBE_NOTHING = frozenset(
+    "contiguous to float double half bfloat16 type type_as cpu cuda dropout dropout1d dropout2d dropout3d"
+    " alpha_dropout feature_alpha_dropout requires_grad_ expand view_as".split()
+)
+
+
+#: Whether a forward is being watched here.
+watching: ContextVar[bool] = ContextVar("eagerq_watching", default=False)
+
+
+class _Values:
+    """Numbers the values: a tensor that is alive, at one version."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[tuple[int, int], int] = {}
+        self._tensors: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._next = 0
+        self.shapes: dict[int, tuple[int, ...]] = {}
+
+    def number(self, tensor: Tensor) -> int:
+        found = self._tensors.get(id(tensor))
+        if found is None or found[0]() is not tensor:
+            self._next += 1
+            found = (weakref.ref(tensor), self._next)
+            self._tensors[id(tensor)] = found
+        try:
+            version = tensor._version
+        except RuntimeError:  # inference tensors count no versions, so no two looks at one are the same value
+            self._next += 1
+            version = self._next
+        key = (found[1], version)
+        if key not in self._numbers:
+            self._numbers[key] = len(self._numbers)
+            self.shapes[self._numbers[key]] = tuple(tensor.shape)
+        return self._numbers[key]
+
+    def rewritten(self) -> frozenset[int]:
+        """The values whose tensors were changed in place afterwards."""
+        last = dict(sorted(self._numbers))  # the highest version of each tensor
+        return frozenset(n for (uid, version), n in self._numbers.items() if version < last[uid])
+
+    def alive(self) -> set[int]:
+        numbers = set()
+        for ref, uid in self._tensors.values():
+            tensor = ref()
+            if tensor is not None and not tensor.is_inference():
+                number = self._numbers.get((uid, tensor._version))
+                if number is not None:
+                    numbers.add(number)
+        return numbers
+
+
+class _Recorder:
+    """Fills a ``Trace`` while a forward runs."""
+
+    def __init__(self, model: nn.Module, is_leaf: Callable[[nn.Module], bool], foreign: Mapping[int, str]) -> None:
+        self.trace = Trace(training=model.training)
+        self.foreign = foreign
+        self.values = _Values()
+        self.names = {module: names[0] for module, names in names_of(model).items()}
+        self.leaves = {module for module in self.names if is_leaf(module)}
+        self.hooked = {m for m in self.leaves if m._forward_pre_hooks or m._forward_hooks}
+        self.stack: list[str] = []
+        self.leaf: nn.Module | None = None  # the leaf that runs now,
+        self.leaf_inputs: tuple[int, ...] = ()  # and what it was given
+        self.leaf_outputs: tuple[int, ...] = ()  # and gave, where it has hooks
+        self.regions: list[Any] = []  # hooks on saved tensors that leaves ran under
+        self.inside = 0  # within a leaf or a function: what runs there is its own business
+
+    def record(self, name: str, is_module: bool, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> None:
+        trace = self.trace
+        call = Call(len(trace.calls), name, is_module, inputs, outputs, self.stack[-1] if self.stack else "")
+        trace.calls.append(call)
+        for value in inputs:
+            trace.readers[value].append(call)
+        for value in outputs:
+            trace.producer.setdefault(value, call)
+
+    def numbers(self, obj: Any) -> tuple[int, ...]:
+        found = list(tensors_in(obj))
+        for tensor in found:
+            if id(tensor) in self.foreign:
+                raise ModelError(
+                    f"eagerq works on a copy of the model, and the copy's forward reads {self.foreign[id(tensor)]!r} of the"
+                    " original: a lambda or function that holds the model or a module of it (a closure over self) is not"
+                    " copied with it. Make it a method or functools.partial(function, self), or let it take the module as"
+                    " an argument."
+                )
+        self.inside += 1  # to look at a view's base is no reading of it
+        for tensor in found:
+            if tensor._base is not None:  # what is written to a view is written to its base
+                self.values.number(tensor._base)
+        self.inside -= 1
+        return tuple(map(self.values.number, found))
+
+    def context(self) -> tuple[bool, int]:
+        """Whether gradients are recorded here, and the number of the hooks on saved tensors (a checkpoint's), or 0."""
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if not hooks:
+            return torch.is_grad_enabled(), 0
+        if not any(hooks[0] is region for region in self.regions):
+            self.regions.append(hooks[0])  # alive, so that no later one has its address
+        return torch.is_grad_enabled(), 1 + next(i for i, region in enumerate(self.regions) if region is hooks[0])
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        name = self.names[module]
+        self.trace.counts[name] += 1
+        if self.inside:
+            return
+        if module in self.leaves:
+            self.inside += 1
+            self.leaf, self.leaf_inputs = module, self.numbers((args, kwargs))
+        else:
+            if not self.stack and name == "":
+                self.trace.inputs = tuple(self.values.number(t) for t in tensors_in((args, kwargs), deep=True))
+                direct = [*((str(i), a) for i, a in enumerate(args)), *kwargs.items()]
+                self.trace.arguments = {self.values.number(a): key for key, a in direct if isinstance(a, Tensor)}
+            self.stack.append(name)
+
+    def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Behind the leaf's own pre-hooks."""
+        if module is self.leaf and self.numbers((args, kwargs)) != self.leaf_inputs:
+            self.trace.changed_inputs.add(self.names[module])
+
+    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Before the leaf's own hooks."""
+        if module is self.leaf:
+            self.leaf_outputs = self.numbers(output)
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        name = self.names[module]
+        if output is None and self.inside:  # it raised, and the model may go another way: it has read, and did not run
+            self.trace.counts[name] -= 1
+        if module is self.leaf:
+            self.inside -= 1
+            self.leaf = None
+            if output is None:
+                self.record(f"{name} (which raised)", False, self.leaf_inputs, ())
+            else:
+                self.trace.contexts[name].add(self.context())
+                self.record(name, True, self.leaf_inputs, self.numbers(output))
+                if module in self.hooked and self.leaf_outputs != self.trace.calls[-1].outputs:
+                    self.trace.changed_outputs.add(name)
+        elif self.inside:
+            return
+        else:
+            self.stack.pop()
+        if isinstance(output, Tensor):
+            self.trace.exits[self.values.number(output)].append(Exit(name, len(self.trace.calls)))
+
+    def function(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func in _ON_META and args and isinstance(args[0], Tensor) and args[0].is_meta:
+            func = _ON_META[func]
+        if self.inside:
+            return func(*args, **kwargs)
+        name = reading_function(func)
+        if name is None:
+            return func(*args, **kwargs)
+        inputs = self.numbers((args, kwargs))
+        self.inside += 1
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self.inside -= 1
+        outputs = self.numbers(result)
+        if not (name in MAYBE_NOTHING and outputs and outputs == inputs[: len(outputs)]):
+            self.record(name.strip("_"), False, inputs, outputs)
+        return result
+
+
+def _batch_norm(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """What batch norm does to shapes."""
+    return _learning(torch.empty_like(x), x, *args, *kwargs.values())
+
+
+def _learning(out: Tensor, *sources: Any) -> Tensor:
+    """``out``, with a gradient if one of ``sources`` has: models ask that before they checkpoint."""
+    if torch.is_grad_enabled():
+        for source in sources:
+            if isinstance(source, Tensor) and source.requires_grad:
+                return source.clone() if source.shape == out.shape else out + source.reshape(-1)[0]
+    return out
+
+
+def _lstm(x: Tensor, hx: Any, *args: Any) -> Any:
+    """What an LSTM does to shapes."""
+    if not isinstance(hx, (tuple, list)):  # packed sequences come with their batch sizes second
+        return torch.lstm(x, hx, *args)
+    directions = 2 if args[5] else 1
+    out = x.new_empty(*x.shape[:-1], directions * hx[0].shape[-1])
+    return tuple(_learning(t, x, *args[0]) for t in (out, torch.empty_like(hx[0]), torch.empty_like(hx[1])))
+
+
+#: PyTorch's own forms for shapes alone cost more than all else in a forward: a hundred calls, a step a token.
+_ON_META = {torch.batch_norm: _batch_norm, F.batch_norm: _batch_norm, torch.lstm: _lstm}
+
+
+def reading_function(func: Any) -> str | None:
+    """The name of a torch function that reads values; None for one that reads facts about tensors only."""
+    name: str = getattr(func, "__name__", str(func))
+    if name == "__get__":
+        name = getattr(getattr(func, "__self__", None), "__name__", "")
+        return name if name in _VALUE_PROPERTIES else None
+    return None if name in _FACTS or name == "__set__" else name
+
+
+class _Functions(TorchFunctionMode):
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.recorder.function(func, args, kwargs or {})
+
+
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Operators called past torch functions and leaf modules (scripted functions, custom extensions)."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        recorder = self.recorder
+        if recorder.inside:
+            return func(*args, **(kwargs or {}))
+        inputs = recorder.numbers((args, kwargs))
+        result = func(*args, **(kwargs or {}))
+        recorder.record(str(func), False, inputs, recorder.numbers(result))
+        return result
+
+
+class _SavedState:
+    """Random number generators, put back as they were."""
+
+    def __enter__(self) -> None:
+        self.cpu = torch.get_rng_state()
+        in_use = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        self.cuda = torch.cuda.get_rng_state_all() if in_use else None
+        self.python = random.getstate()
+        numpy = sys.modules.get("numpy")
+        self.numpy = numpy.random.get_state() if numpy is not None else None
+
+    def __exit__(self, *exc: object) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state_all(self.cuda)
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
+
+
+def record_forward(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    is_leaf: Callable[[nn.Module], bool],
+    foreign: Mapping[int, str] = types.MappingProxyType({}),
+) -> Trace:
+    """Run ``model(*args, **kwargs)`` once and say what it did; changes what a forward changes.
+
+    Gradient mode is on, so that the model's own ``no_grad`` shows; no graph is kept.
+
+    Raises:
+        ModelError: before it reads one of the ``foreign`` tensors (name by id), those of another model.
+    """
+    recorder = _Recorder(model, is_leaf, foreign)
+    handles = []
+    for module in recorder.names:
+        if module in recorder.hooked:
+            handles.append(module.register_forward_pre_hook(recorder.begin, with_kwargs=True))
+            handles.append(module.register_forward_hook(recorder.end, prepend=True))
+        # around all other hooks, so that those of a leaf are the leaf's own business
+        handles.append(module.register_forward_pre_hook(recorder.enter, prepend=True, with_kwargs=True))
+        handles.append(module.register_forward_hook(recorder.leave, with_kwargs=True, always_call=True))
+    token = watching.set(True)
+    try:
+        with _SavedState(), torch.enable_grad(), _Operators(recorder), _Functions(recorder):
+            output = model(*args, **kwargs)
+            if isinstance(output, types.GeneratorType):
+                output = list(output)
+    finally:
+        watching.reset(token)
+        for handle in handles:
+            handle.remove()
+    trace = recorder.trace
+    trace.shapes = recorder.values.shapes
+    trace.rewritten = recorder.values.rewritten()
+    trace.outputs = frozenset(recorder.values.number(t) for t in tensors_in(output, deep=True))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        readers = trace.readers.get(recorder.values.number(parameter), [])
+        if readers:
+            trace.parameter_readers[name] = readers[0]
+    del output  # and with it the graph, if there is one
+    recorder.regions.clear()
+    made = set(trace.producer)
+    kept = (recorder.values.alive() & made) - trace.outputs
+    if kept:
+        gc.collect()  # reference cycles of the forward itself keep nothing
+        kept = (recorder.values.alive() & made) - trace.outputs
+    trace.kept = frozenset(kept)
+    return trace
