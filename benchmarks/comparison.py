@@ -1,7 +1,7 @@
 """Who can take a model, and who fuses wrongly: torch.fx, torch.export, neighbour rules and eagerq, side by side.
 
-Three sets: timm's models (by the zoo's results, so run ``tox -e zoo`` first; torch.export on the part of the zoo that the
-normal tests run, since it takes many seconds a model), torchvision's, and the untraceable ones written for the suite.
+timm's models (by the zoo's results, so run ``tox -e zoo`` first; torch.export on the part of the zoo that the normal tests
+run, since it takes many seconds a model), torchvision's, transformers', and the untraceable ones written for the suite.
 
 Usage: python benchmarks/comparison.py    writes docs/comparison.md and prints it
 """
@@ -17,16 +17,16 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from model_zoo_tests.beyond import TORCHVISION
 from rich.progress import track
 from torch import nn
 
 import eagerq
 from eagerq.inputs import runs_for
 from eagerq.surgery import meta_copy
+from model_zoo_tests.beyond import BEYOND, TORCHVISION, Beyond
 from model_zoo_tests.oracle import claimed_links, true_chains
 from model_zoo_tests.rules import claims, neighbours, siblings, torch_export_refuses, torch_fx_refuses
-from model_zoo_tests.structure import judged, looks_at
+from model_zoo_tests.structure import judged, looks_for
 from model_zoo_tests.untraceable import UNTRACEABLE
 from model_zoo_tests.zoo import QUICK, Store, on_meta
 
@@ -66,7 +66,7 @@ def zoo() -> Set:
         for rule, (_, wrong) in verdict["rules"].items():
             found.add_wrong(rule, wrong)
     for name in track(QUICK.read_text().split(), "torch.export on timm", transient=True):
-        model = on_meta(name)
+        model = on_meta(name).eval()
         runs = [run.copied("meta") for run in runs_for(model, None) or ()]
         found.export_tried += 1
         found.exported += all(torch_export_refuses(model, run.args, run.kwargs) is None for run in runs)
@@ -79,10 +79,7 @@ def others(name: str, models: Iterable[tuple[Callable[[], nn.Module], Any]]) -> 
     for build, inputs in track(list(models), name, transient=True):
         model = build()
         plan = eagerq.plan_fusion(model, example_inputs=inputs)
-        if plan.on_meta:
-            model = meta_copy(model)
-        runs = [run.copied("meta" if plan.on_meta else None) for run in runs_for(model, inputs) or ()]
-        looks = [look for run in runs for look in looks_at(model, run.args, run.kwargs)]
+        looks = looks_for(model, plan, inputs)
         links, (chains, _) = claimed_links(model, looks), true_chains(model, looks)
         fused = {match.names for match in plan.matches}
         found.models += 1
@@ -93,7 +90,10 @@ def others(name: str, models: Iterable[tuple[Callable[[], nn.Module], Any]]) -> 
             found.add_wrong(rule.__name__, judged(claims(model, rule(model), looks), links)[1])
         found.fx += torch_fx_refuses(model) is None
         found.export_tried += 1
-        found.exported += all(torch_export_refuses(model, run.args, run.kwargs) is None for run in runs)
+        place = "meta" if plan.on_meta else None
+        model = meta_copy(model) if plan.on_meta else model
+        runs = [run.copied(place) for run in runs_for(model, inputs) or ()]
+        found.exported += all(torch_export_refuses(model.eval(), run.args, run.kwargs) is None for run in runs)
     return found
 
 
@@ -103,6 +103,11 @@ def untraceable() -> Set:
     found.fx = sum(row.fx.kind == "takes" for row in UNTRACEABLE)
     found.exported = sum("takes" in (row.export.kind, row.strict.kind) for row in UNTRACEABLE)
     return found
+
+
+def given(row: Beyond) -> tuple[Callable[[], nn.Module], Any]:
+    """A model with its inputs: eagerq's own guess where the table relies on it."""
+    return row.build, None if row.guessed or row.inputs is None else row.inputs()
 
 
 def share(n: int, of: int) -> str:
@@ -153,7 +158,9 @@ def page(sets: list[Set]) -> str:
 def main() -> None:
     """Measure, write the page and print it."""
     torch.set_num_threads(1)
-    text = page([zoo(), others("torchvision", [(row.build, row.inputs()) for row in TORCHVISION]), untraceable()])
+    vision = [given(row) for row in BEYOND if row.name in TORCHVISION]
+    hugging = [given(row) for row in BEYOND if row.name.startswith("hf_")]
+    text = page([zoo(), others("torchvision", vision), others("transformers", hugging), untraceable()])
     PAGE.write_text(text)
     print(text)
 

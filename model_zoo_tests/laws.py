@@ -6,6 +6,7 @@ The model is used up: it is fused and converted in place, so that a model of hal
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ import eagerq
 from eagerq.errors import StateError
 from eagerq.inputs import Inputs, as_runs
 
-from .oracle import ALL_NORMS, tensors
+from .oracle import tensors
 
 #: In float64, relative to the largest entry; float32 is for what does not run or fit in float64. Chaos in deep nets
 #: amplifies rounding by up to about 1e6 (measured over the zoo: docs/zoo.md).
@@ -61,18 +62,18 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
                 bound = (4.5 / fan_in) ** 0.5
                 data.uniform_(-bound, bound, generator=generator)
         for module in model.modules():
-            if isinstance(module, ALL_NORMS) and isinstance(module.running_mean, Tensor):
+            if isinstance(getattr(module, "running_mean", None), Tensor):
                 module.running_mean.uniform_(-0.2, 0.2, generator=generator)
                 module.running_var.uniform_(0.5, 2.0, generator=generator)
 
 
-def run(model: nn.Module, inputs: Inputs, dtype: torch.dtype | None = None) -> list[Tensor]:
+def run(model: nn.Module, inputs: Inputs, dtype: torch.dtype | None = None, seed: int = 2) -> list[Tensor]:
     """The floating-point tensors of the output, with dropout and stochastic depth of one seed."""
     given = inputs.copied(None)
     args, kwargs = given.args, given.kwargs
     if dtype is not None:
         args, kwargs = _cast((args, kwargs), dtype)
-    torch.manual_seed(2)
+    torch.manual_seed(seed)
     return [t for t in tensors(model(*args, **kwargs)) if t.is_floating_point()]
 
 
@@ -83,6 +84,8 @@ def _cast(obj: Any, dtype: torch.dtype) -> Any:
         return {key: _cast(value, dtype) for key, value in obj.items()}
     if isinstance(obj, (list, tuple)) and type(obj) in (list, tuple):
         return type(obj)(_cast(value, dtype) for value in obj)
+    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        return dataclasses.replace(obj, **{f.name: _cast(getattr(obj, f.name), dtype) for f in dataclasses.fields(obj)})
     return obj
 
 
@@ -151,14 +154,16 @@ def relative(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
     return found if found == found else float("inf")
 
 
-def broken_laws(model: nn.Module, example_inputs: Any, dtype: torch.dtype = torch.float64) -> tuple[list[str], dict[str, Any]]:
+def broken_laws(
+    model: nn.Module, example_inputs: Any, dtype: torch.dtype = torch.float64, qconfig: Any = None
+) -> tuple[list[str], dict[str, Any]]:
     """Every law that does not hold, in words; and what was measured on the way. ``model`` is float32 and is used up."""
     (inputs,) = as_runs(example_inputs)
     problems: list[str] = []
     facts: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
     try:
         expected = Step(model, inputs, dtype)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         if dtype is torch.float32 or not _is_about_dtype(error):
             raise
         facts["dtype"] = f"float32, since: {str(error)[:120]}"
@@ -179,7 +184,7 @@ def broken_laws(model: nn.Module, example_inputs: Any, dtype: torch.dtype = torc
     del before, after
 
     try:
-        qat = eagerq.convert_qat(fused, example_inputs=example_inputs, inplace=True)
+        qat = eagerq.convert_qat(fused, qconfig, example_inputs=example_inputs, inplace=True)
     except StateError as error:
         if "found nothing to quantize" not in str(error):
             raise
@@ -204,7 +209,8 @@ def broken_laws(model: nn.Module, example_inputs: Any, dtype: torch.dtype = torc
         return problems, facts
     with torch.no_grad():
         qat.eval()
-        wanted = run(qat, inputs)
+        with kept_buffers(qat):
+            wanted = run(qat, inputs)
         try:
             deployed = eagerq.convert(qat, inplace=True)
         except StateError as error:
@@ -232,7 +238,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(torch.equal(torch.nan_to_num(a, nan=123.0), torch.nan_to_num(b, nan=123.0)))
 
 
-def _is_about_dtype(error: RuntimeError) -> bool:
+def _is_about_dtype(error: Exception) -> bool:
     words = str(error).lower()
     return any(word in words for word in ("dtype", "double", "float64", "scalar type"))
 

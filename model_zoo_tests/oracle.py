@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import types
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -51,6 +52,22 @@ ACTS = (
     *(c for c in vars(activations).values() if isinstance(c, type) and issubclass(c, nn.Module)
       and c.__module__ == activations.__name__),
 )  # fmt: skip
+#: transformers' own elementwise activations, by name: importing them is slow.
+HF_ACTS = frozenset(
+    f"transformers.activations.{name}"
+    for name in (
+        "GELUActivation", "GELUTanh", "NewGELUActivation", "FastGELUActivation", "QuickGELUActivation",
+        "ClippedGELUActivation", "AccurateGELUActivation", "SiLUActivation", "MishActivation", "ReLUSquaredActivation",
+        "SqrtSoftplusActivation",
+    )
+)  # fmt: skip
+#: By name: convolutions that differ from PyTorch's in their constructor only.
+PLAIN_CONVS = {
+    "torchvision.models.video.resnet.Conv3DSimple": nn.Conv3d,
+    "torchvision.models.video.resnet.Conv3DNoTemporal": nn.Conv3d,
+    "transformers.models.efficientnet.modeling_efficientnet.EfficientNetDepthwiseConv2d": nn.Conv2d,
+    "transformers.models.align.modeling_align.AlignVisionDepthwiseConv2d": nn.Conv2d,
+}
 #: act(act(x)) == act(x): a shared one may be copied.
 IDEMPOTENT = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
 RELU = (nn.ReLU,)
@@ -58,9 +75,22 @@ RELU = (nn.ReLU,)
 Link = tuple[str, str]
 
 
+def known(module: nn.Module) -> type:
+    """A module's type; for those of torchvision and transformers that do the same as another, that one."""
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    if name in HF_ACTS:
+        return nn.GELU
+    if name in PLAIN_CONVS:
+        return PLAIN_CONVS[name]
+    if name.startswith("transformers.models.") and name.endswith("FrozenBatchNorm2d"):
+        return torchvision.ops.misc.FrozenBatchNorm2d
+    return type(module)
+
+
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module is a possible member of a chain, looked at from outside only."""
-    return type(module) in OPS or type(module) in ALL_NORMS or type(module) in ACTS
+    kind = known(module)
+    return kind in OPS or kind in ALL_NORMS or kind in ACTS
 
 
 @dataclass
@@ -119,6 +149,9 @@ class _Operators(TorchDispatchMode):
         self.owner = (name, self.calls[name])
         try:
             result = original(module, *args, **kwargs)
+        except BaseException:
+            self.calls[name] -= 1  # the model may catch it and go another way
+            raise
         finally:
             self.owner = None
         single = isinstance(result, Tensor)
@@ -141,6 +174,8 @@ def operator_links(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping
 
     with mock.patch.object(nn.Module, "__call__", call), torch.no_grad(), recorder:
         output = model(*args, **dict(kwargs or {}))
+        if isinstance(output, types.GeneratorType):
+            output = list(output)
     for tensor in tensors(output):
         recorder.readers[recorder.value(tensor)].add(("the model's output", 0))
     del output
@@ -165,7 +200,7 @@ def tensors(obj: Any, depth: int = 0) -> Iterator[Tensor]:
     elif isinstance(obj, Mapping):
         for item in obj.values():
             yield from tensors(item, depth + 1)
-    elif isinstance(obj, (list, tuple, set, frozenset)):
+    elif isinstance(obj, (list, tuple, set, frozenset, types.GeneratorType)):
         for item in obj:
             yield from tensors(item, depth + 1)
     elif depth < 5 and not isinstance(obj, (type, nn.Module)) and hasattr(obj, "__dict__"):
@@ -215,18 +250,18 @@ def fx_links(model: nn.Module) -> Seen | None:
 
 
 def _spatial(kinds: Mapping[int, tuple[type, ...]], module: nn.Module) -> set[int]:
-    return {axes for axes, types in kinds.items() if type(module) in types}
+    return {axes for axes, types in kinds.items() if known(module) in types}
 
 
 def fits(first: nn.Module, second: nn.Module, axes: int | None) -> bool:
     """Whether eagerq claims a link of these two modules, if the first begins a chain or is a norm behind an op."""
-    if type(first) in OPS:
-        if type(second) in ACTS:
+    if known(first) in OPS:
+        if known(second) in ACTS:
             return True
-        if type(first) in LINEARS:
+        if known(first) in LINEARS:
             return axes == 2 and bool(_spatial(NORMS, second) & {1})
         return bool(_spatial(CONVS, first) & _spatial(NORMS, second))
-    return type(first) in ALL_NORMS and not _holds_act(first) and type(second) in ACTS
+    return known(first) in ALL_NORMS and not _holds_act(first) and known(second) in ACTS
 
 
 def _holds_act(norm: nn.Module) -> bool:
@@ -238,10 +273,11 @@ def _holds_drop(norm: nn.Module) -> bool:
 
 
 def claimed_links(model: nn.Module, looks: list[Seen]) -> dict[str, str]:
-    """The links that hold in every look and whose types eagerq claims."""
+    """The links that hold in every look where their first module runs and whose types eagerq claims."""
     modules = dict(model.named_modules())
     axes = {name: n for look in looks for name, n in look.axes.items()}
-    common = {a: b for a, b in looks[0].links.items() if all(look.links.get(a) == b for look in looks)}
+    found = {a: b for look in looks for a, b in look.links.items()}
+    common = {a: b for a, b in found.items() if all(look.links.get(a) == b for look in looks if look.calls[a])}
     return {a: b for a, b in common.items() if fits(modules[a], modules[b], axes.get(a))}
 
 
@@ -263,8 +299,10 @@ def true_chains(model: nn.Module, looks: list[Seen]) -> tuple[set[tuple[str, ...
             return "runs more than once"
         if not copied and any(look.calls[name] != look.calls[first] for look in looks):
             return "runs in one mode only"
-        if type(module) in ALL_NORMS and getattr(module, "running_mean", None) is None:
+        if known(module) in ALL_NORMS and getattr(module, "running_mean", None) is None:
             return "keeps no running statistics"
+        if "forward" in vars(module):
+            return "has a forward of its own"
         return ""
 
     chains: set[tuple[str, ...]] = set()
@@ -278,27 +316,29 @@ def true_chains(model: nn.Module, looks: list[Seen]) -> tuple[set[tuple[str, ...
         chain = [start]
         while chain[-1] in links:
             last, following = chain[-1], links[chain[-1]]
-            if type(modules[last]) in ACTS or _holds_act(modules[last]) or _holds_drop(modules[last]):
+            if known(modules[last]) in ACTS or _holds_act(modules[last]) or _holds_drop(modules[last]):
                 break
             reason = obstacle(start, start) or obstacle(following, start) or ("taken" if following in taken else "")
+            if modules[last]._forward_hooks or modules[following]._forward_pre_hooks:
+                reason = reason or "hooks between"
             if reason:
                 refused[last, following] = reason
                 break
             chain.append(following)
         return tuple(chain)
 
-    ops = [name for name, module in modules.items() if type(module) in OPS]
+    ops = [name for name, module in modules.items() if known(module) in OPS]
     for name in ops:
         chain = follow(name)
         if len(chain) > 1:
             chains.add(chain)
             taken.update(n for n in chain if not is_copied(n))
     for name, module in modules.items():
-        if type(module) not in ALL_NORMS or name in taken or not _spatial(NORMS, module) & {2, 3}:
+        if known(module) not in ALL_NORMS or name in taken or not _spatial(NORMS, module) & {2, 3}:
             continue
         if type(module) is nn.SyncBatchNorm or getattr(module, "running_mean", None) is None:
             continue
-        called = all(look.calls[name] == 1 for look in looks) and len(names[module]) == 1
+        called = max(look.calls[name] for look in looks) == 1 and len(names[module]) == 1
         if _holds_act(module):
             if called and type(module.act) in RELU and not _holds_drop(module):
                 chains.add((name,))

@@ -17,8 +17,10 @@ from torch.nn.modules.conv import _ConvNd
 import eagerq
 from eagerq.errors import StateError
 from eagerq.inputs import runs_for
+from eagerq.surgery import full_copy, meta_copy
 
-from .oracle import Seen, claimed_links, fx_links, operator_links, true_chains
+from .oracle import Link, Seen, claimed_links, fx_links, operator_links, true_chains
+from .rules import claims, neighbours, siblings, torch_fx_refuses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Verdict:
         missed: chains of the oracle that are not fused.
         unexplained: claimed links that no chain holds and no skip names.
         fx: links that torch.fx and the operators see differently; None where torch.fx cannot trace.
+        plain_fx: what plain ``torch.fx.symbolic_trace`` says of the model; None if it traces.
+        rules: links that matching neighbours would fuse, by rule: how many are true and how many wrong.
         plan_s: seconds ``plan_fusion`` took.
         grown_mb: by how much planning raised the process's peak memory.
     """
@@ -67,6 +71,8 @@ class Verdict:
     missed: tuple[str, ...]
     unexplained: tuple[str, ...]
     fx: tuple[str, ...] | None
+    plain_fx: str | None
+    rules: dict[str, tuple[int, int]]
     plan_s: float
     grown_mb: float
 
@@ -89,15 +95,16 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def looks_at(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Seen]:
-    """The oracle's looks in train and in eval mode; flags are put back."""
-    flags = [(module, module.training) for module in model.modules()]
+def looks_for(model: nn.Module, plan: eagerq.FusionPlan, example_inputs: Any) -> list[Seen]:
+    """The oracle's looks at every run in the modes that eagerq could watch, on a copy, on meta if eagerq's was."""
+    copied = meta_copy(model) if plan.on_meta else full_copy(model)
     looks = []
-    for mode in (True, False):
-        model.train(mode)
-        looks.append(operator_links(model, args, kwargs))
-    for module, training in flags:
-        module.training = training
+    for given in runs_for(model, example_inputs) or ():
+        for mode in (True, False):
+            if any(f"not watched in {'train' if mode else 'eval'} mode" in note for note in plan.notes):
+                continue
+            run = given.copied("meta" if plan.on_meta else None)
+            looks.append(operator_links(copied.train(mode), run.args, run.kwargs))
     return looks
 
 
@@ -109,25 +116,23 @@ def disagreements(model: nn.Module, graphs: list[Seen], looks: list[Seen]) -> tu
     return tuple(f"{a} -> {b}" for a, b in sorted(theirs.items() ^ ours.items()))
 
 
-def examine(model: nn.Module, name: str, example_inputs: Any = None, *, with_fx: bool = True) -> tuple[Row, Verdict]:
+def examine(model: nn.Module, name: str, example_inputs: Any = None) -> tuple[Row, Verdict]:
     """The row and the verdict for a model; its inputs are eagerq's own guess if none are given."""
     before, start = peak_mb(), time.perf_counter()
     plan = eagerq.plan_fusion(model, example_inputs=example_inputs)
     plan_s, grown_mb = time.perf_counter() - start, peak_mb() - before
     found = {match.names for match in plan.matches}
-    runs = [run.copied("meta" if plan.on_meta else None) for run in runs_for(model, example_inputs) or ()]
-    looks = [look for run in runs for look in looks_at(model, run.args, run.kwargs)]
+    looks = looks_for(model, plan, example_inputs)
     links = claimed_links(model, looks)
     expected, refused = true_chains(model, looks)
     named = [set(skip.names) for skip in plan.skips]
     unexplained = [f"{a} -> {b}: {why}" for (a, b), why in refused.items() if not any({a, b} <= names for names in named)]
-    fx: tuple[str, ...] | None = None
-    if with_fx:
-        training = model.training
-        traced = [fx_links(model.train(mode)) for mode in (True, False)]
-        model.train(training)
-        if None not in traced:
-            fx = disagreements(model, [t for t in traced if t is not None], looks)
+    training = model.training
+    traced = [seen for mode in (True, False) if (seen := fx_links(model.train(mode))) is not None]
+    model.train(training)
+    fx = disagreements(model, traced, looks) if len(traced) == 2 else None
+    plain_fx = torch_fx_refuses(model)
+    rules = {rule.__name__: judged(claims(model, rule(model), looks), links) for rule in (neighbours, siblings)}
     names = {n for n, _ in model.named_modules(remove_duplicate=False)}
     skips = Counter(without_names(skip.reason, names) for skip in plan.skips)
     qat_rows: tuple[tuple[str, str, str, str], ...] = ()
@@ -148,8 +153,21 @@ def examine(model: nn.Module, name: str, example_inputs: Any = None, *, with_fx:
     )
     false, missed = sorted(found - expected), sorted(expected - found)
     return row, Verdict(
-        tuple(" + ".join(c) for c in false), tuple(" + ".join(c) for c in missed), tuple(unexplained), fx, plan_s, grown_mb
+        tuple(" + ".join(c) for c in false),
+        tuple(" + ".join(c) for c in missed),
+        tuple(unexplained),
+        fx,
+        plain_fx,
+        rules,
+        plan_s,
+        grown_mb,
     )
+
+
+def judged(claimed: set[Link], links: dict[str, str]) -> tuple[int, int]:
+    """How many claims are true and how many wrong."""
+    right = sum(links.get(a) == b for a, b in claimed)
+    return right, len(claimed) - right
 
 
 def on_meta(name: str, **options: Any) -> nn.Module:

@@ -251,18 +251,17 @@ def differences(found: Sequence[dict[str, str]], table: Sequence[dict[str, str]]
 
 
 def quick_cover(store: Store) -> list[str]:
-    """Models, small first, that hold every class of timm with a convolution at least once."""
-    found = [r for (kind, _), r in store.results.items() if kind == "structure" and r.get("classes")]
-    left = {cls for r in found for cls in r["classes"]}
+    """Models, quick ones first, that together hold every class of timm with a convolution."""
+    found = {name: r for (kind, name), r in store.results.items() if kind == "structure" and r.get("classes")}
+    left = {cls for r in found.values() for cls in r["classes"]}
     chosen: list[str] = []
-    by_cost = sorted(found, key=lambda r: (float(r["row"]["parameters"]), r["model"]))
 
-    def worth(result: dict[str, Any]) -> float:
-        cost = 5 + float(result["row"]["parameters"]) + 10 * result["verdict"]["plan_s"]
-        return len(left.intersection(result["classes"])) / cost
+    def worth(name: str) -> float:
+        seconds = found[name]["seconds"] + store.results.get(("real", name), {"seconds": 60.0})["seconds"]
+        return len(left.intersection(found[name]["classes"])) / (2 + seconds)
 
     while left:
-        best = max(by_cost, key=worth)
-        chosen.append(best["model"])
-        left.difference_update(best["classes"])
+        best = max(sorted(found), key=worth)
+        chosen.append(best)
+        left.difference_update(found[best]["classes"])
     return sorted(chosen)
