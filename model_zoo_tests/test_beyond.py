@@ -47,6 +47,8 @@ def test_the_plan_is_the_oracle_and_the_table(row: Beyond) -> None:
     named = [set(skip.names) for skip in plan.skips]
     assert [link for link in refused if not any(set(link) <= names for names in named)] == []
 
+    if row.inputs is not None:
+        return  # the laws convert it
     try:
         qat = eagerq.convert_qat(plan.apply(model), example_inputs=inputs, inplace=True)
     except StateError as error:
