@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from eagerq.demo import run_demo
+from eagerq.demo.report import speed
 from eagerq.errors import EagerqError, ExportError, SpecError
 
 FILES = {"model.int8.onnx", "figures.json", "report.html", "curves.png"}
@@ -126,3 +127,7 @@ def test_a_failure_leaves_no_half_written_file(tmp_path, monkeypatch):
     with pytest.raises(EagerqError):
         tiny(tmp_path, console=Console(file=io.StringIO()))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_slower_engine_is_called_slower() -> None:
+    assert [speed(ratio) for ratio in (2.0, 1.0, 0.8)] == ["2.00x faster", "1.00x faster", "1.25x slower"]

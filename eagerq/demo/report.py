@@ -41,8 +41,13 @@ def table(figures: dict[str, Any]) -> list[tuple[str, ...]]:
             f"{size['int8'] / 1e6:.2f} MB",
             f"{figures['size_ratio']:.2f}x smaller",
         ),
-        ("latency", f"{latency['float']:.3f} ms", "", f"{latency['int8']:.3f} ms", f"{figures['latency_ratio']:.2f}x faster"),
+        ("latency", f"{latency['float']:.3f} ms", "", f"{latency['int8']:.3f} ms", speed(figures["latency_ratio"])),
     ]
+
+
+def speed(ratio: float) -> str:
+    """A ratio of latencies, float to int8, in words."""
+    return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
 
 
 def targets(figures: dict[str, Any]) -> list[tuple[str, bool]]:
