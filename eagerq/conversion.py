@@ -256,9 +256,12 @@ class Conversion:
                 inside.update(module.modules())
                 rows.append((name, type(module).__name__, "float", self.why_float[name]))
             elif module._parameters or isinstance(module, nn.modules.batchnorm._NormBase):
-                own = any(p is not None for p in module._parameters.values())
+                own = [key for key, p in module._parameters.items() if p is not None]
                 if own or module._buffers:
-                    rows.append((name, type(module).__name__, "float", f"no QAT form is known for {type_name(type(module))}"))
+                    reason = f"no QAT form is known for {type_name(type(module))}"
+                    if own and module._modules:  # a whole block, or the model: what of it is meant
+                        reason += f" and its own parameters: {', '.join(own)}"
+                    rows.append((name, type(module).__name__, "float", reason))
         rows += [(where, "function", "float", f"called {n} times; no module holds it") for where, n in self.functions.items()]
         return rows
 

@@ -530,6 +530,7 @@ def test_what_stays_float_has_a_reason() -> None:
     assert "ConvOfOwn" in left["own"]
     assert "BatchNorm2d" in left["alone"]
     assert "GroupNorm" in left["norm"]
+    assert left[""].endswith("Made and its own parameters: kernel")
     assert "ParametrizedConv2d" in left["old"]
     assert "called 1 times" in left["conv2d in the model"]
     assert "called 1 times" in left["matmul in the model"]
