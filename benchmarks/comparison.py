@@ -9,8 +9,10 @@ Usage: python benchmarks/comparison.py    writes docs/comparison.md and prints i
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from model_zoo_tests.beyond import BEYOND, TORCHVISION, Beyond
 from model_zoo_tests.oracle import claimed_links, true_chains
 from model_zoo_tests.rules import claims, neighbours, siblings, torch_export_refuses, torch_fx_refuses
 from model_zoo_tests.structure import judged, looks_for
-from model_zoo_tests.untraceable import UNTRACEABLE
+from model_zoo_tests.untraceable import UNTRACEABLE, Untraceable
 from model_zoo_tests.zoo import QUICK, Store, on_meta
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "comparison.md"
@@ -51,9 +53,17 @@ class Set:
         self.wrong[who] += links
         self.hit[who] += bool(links)
 
+    def add(self, other: Set) -> None:
+        """The counts of other models of this set."""
+        for field in ("models", "links", "fx", "exported", "export_tried", "eagerq"):
+            setattr(self, field, getattr(self, field) + getattr(other, field))
+        for mine, theirs in ((self.wrong, other.wrong), (self.hit, other.hit)):
+            for who, n in theirs.items():
+                mine[who] += n
 
-def zoo() -> Set:
-    """timm, from the stored results; torch.export is asked here."""
+
+def from_results() -> Set:
+    """timm but for torch.export, from the stored results."""
     found = Set("timm")
     results = [r for (kind, _), r in Store(any_code=True).results.items() if kind == "structure" and "row" in r]
     for result in results:
@@ -65,49 +75,58 @@ def zoo() -> Set:
         found.add_wrong("eagerq", len(verdict["false"]))
         for rule, (_, wrong) in verdict["rules"].items():
             found.add_wrong(rule, wrong)
-    for name in track(QUICK.read_text().split(), "torch.export on timm", transient=True):
-        model = on_meta(name).eval()
-        runs = [run.copied("meta") for run in runs_for(model, None) or ()]
-        found.export_tried += 1
-        found.exported += all(torch_export_refuses(model, run.args, run.kwargs) is None for run in runs)
     return found
 
 
-def others(name: str, models: Iterable[tuple[Callable[[], nn.Module], Any]]) -> Set:
-    """Any models with their example inputs."""
-    found = Set(name)
-    for build, inputs in track(list(models), name, transient=True):
-        model = build()
-        plan = eagerq.plan_fusion(model, example_inputs=inputs)
-        looks = looks_for(model, plan, inputs)
-        links, (chains, _) = claimed_links(model, looks), true_chains(model, looks)
-        fused = {match.names for match in plan.matches}
-        found.models += 1
-        found.links += len(links)
-        found.eagerq += fused == chains
-        found.add_wrong("eagerq", len(fused - chains))
-        for rule in (neighbours, siblings):
-            found.add_wrong(rule.__name__, judged(claims(model, rule(model), looks), links)[1])
-        found.fx += torch_fx_refuses(model) is None
-        found.export_tried += 1
-        place = "meta" if plan.on_meta else None
-        model = meta_copy(model) if plan.on_meta else model
-        runs = [run.copied(place) for run in runs_for(model, inputs) or ()]
-        found.exported += all(torch_export_refuses(model.eval(), run.args, run.kwargs) is None for run in runs)
+def timm_export(name: str) -> Set:
+    """Whether torch.export takes one timm model."""
+    model = on_meta(name).eval()
+    runs = [run.copied("meta") for run in runs_for(model, None) or ()]
+    exported = all(torch_export_refuses(model, run.args, run.kwargs) is None for run in runs)
+    return Set("timm", exported=exported, export_tried=1)
+
+
+def measured(name: str, build: Callable[[], nn.Module], inputs: Any) -> Set:
+    """Any model with its example inputs."""
+    model = build()
+    plan = eagerq.plan_fusion(model, example_inputs=inputs)
+    looks = looks_for(model, plan, inputs)
+    links, (chains, _) = claimed_links(model, looks), true_chains(model, looks)
+    fused = {match.names for match in plan.matches}
+    found = Set(name, models=1, links=len(links), eagerq=fused == chains, export_tried=1)
+    found.add_wrong("eagerq", len(fused - chains))
+    for rule in (neighbours, siblings):
+        found.add_wrong(rule.__name__, judged(claims(model, rule(model), looks), links)[1])
+    found.fx = torch_fx_refuses(model) is None
+    place = "meta" if plan.on_meta else None
+    model = meta_copy(model) if plan.on_meta else model
+    runs = [run.copied(place) for run in runs_for(model, inputs) or ()]
+    found.exported = all(torch_export_refuses(model.eval(), run.args, run.kwargs) is None for run in runs)
     return found
 
 
-def untraceable() -> Set:
+def beyond(row: Beyond) -> Set:
+    """A model of torchvision or transformers; eagerq's own guess of inputs where the table relies on it."""
+    name = "torchvision" if row.name in TORCHVISION else "transformers"
+    return measured(name, row.build, None if row.guessed or row.inputs is None else row.inputs())
+
+
+def untraceable(row: Untraceable) -> Set:
     """The suite's own set, where what the tools say is a tested row: a wrong graph is no graph."""
-    found = others("untraceable", [(row.build, row.inputs()) for row in UNTRACEABLE])
-    found.fx = sum(row.fx.kind == "takes" for row in UNTRACEABLE)
-    found.exported = sum("takes" in (row.export.kind, row.strict.kind) for row in UNTRACEABLE)
+    found = measured("untraceable", row.build, row.inputs())
+    found.fx = row.fx.kind == "takes"
+    found.exported = "takes" in (row.export.kind, row.strict.kind)
     return found
 
 
-def given(row: Beyond) -> tuple[Callable[[], nn.Module], Any]:
-    """A model with its inputs: eagerq's own guess where the table relies on it."""
-    return row.build, None if row.guessed or row.inputs is None else row.inputs()
+def one(kind: str, name: str) -> Set:
+    """The counts of one model, in a process of its own thread."""
+    torch.set_num_threads(1)
+    if kind == "timm":
+        return timm_export(name)
+    if kind == "untraceable":
+        return untraceable(next(row for row in UNTRACEABLE if row.name == name))
+    return beyond(next(row for row in BEYOND if row.name == name))
 
 
 def share(n: int, of: int) -> str:
@@ -124,7 +143,8 @@ def page(sets: list[Set]) -> str:
         "",
         "## Models handled",
         "",
-        "torch.fx: `symbolic_trace` takes the model. torch.export: `export` takes it, non-strict or strict. eagerq: the plan is"
+        "torch.fx: `symbolic_trace` takes the model. torch.export: `export` takes it, non-strict or strict (of timm, asked of",
+        " the models that the normal tests run, which hold every timm class with a convolution). eagerq: the plan is"
         " exactly what the operator-level oracle finds. On the untraceable set a graph that does not compute what the model"
         " does is not counted.",
         "",
@@ -157,10 +177,19 @@ def page(sets: list[Set]) -> str:
 
 def main() -> None:
     """Measure, write the page and print it."""
-    torch.set_num_threads(1)
-    vision = [given(row) for row in BEYOND if row.name in TORCHVISION]
-    hugging = [given(row) for row in BEYOND if row.name.startswith("hf_")]
-    text = page([zoo(), others("torchvision", vision), others("transformers", hugging), untraceable()])
+    tasks = [
+        *(("timm", name) for name in QUICK.read_text().split()),
+        *(("beyond", row.name) for row in BEYOND),
+        *(("untraceable", row.name) for row in UNTRACEABLE),
+    ]
+    sets = {name: Set(name) for name in ("timm", "torchvision", "transformers", "untraceable")}
+    sets["timm"].add(from_results())
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=25) as pool:
+        futures = [pool.submit(one, *task) for task in tasks]
+        for future in track(as_completed(futures), "comparing", len(futures), transient=True):
+            found = future.result()
+            sets[found.name].add(found)
+    text = page(list(sets.values()))
     PAGE.write_text(text)
     print(text)
 
