@@ -78,6 +78,11 @@ def from_results() -> Set:
     return found
 
 
+def zoo_versions() -> set[str]:
+    """The torch that the stored results come from."""
+    return {r["torch"] for (kind, _), r in Store(any_code=True).results.items() if kind == "structure"}
+
+
 def timm_export(name: str) -> Set:
     """Whether torch.export takes one timm model."""
     model = on_meta(name).eval()
@@ -139,7 +144,8 @@ def page(sets: list[Set]) -> str:
         "# Who can take a model, and who fuses wrongly",
         "",
         f"torch {torch.__version__}, timm {timm.__version__}, torchvision {torchvision.__version__}, Python"
-        f" {platform.python_version()}; written by `python benchmarks/comparison.py` from the results of `tox -e zoo`.",
+        f" {platform.python_version()}; written by `python benchmarks/comparison.py` from the results of `tox -e zoo`"
+        f" (under torch {', '.join(sorted(zoo_versions()))}).",
         "",
         "## Models handled",
         "",
@@ -184,7 +190,7 @@ def main() -> None:
     ]
     sets = {name: Set(name) for name in ("timm", "torchvision", "transformers", "untraceable")}
     sets["timm"].add(from_results())
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=25) as pool:
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(one, *task) for task in tasks]
         for future in track(as_completed(futures), "comparing", len(futures), transient=True):
             found = future.result()
