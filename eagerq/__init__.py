@@ -2,14 +2,16 @@
 
 from eagerq import errors
 from eagerq.checkpoint import load_checkpoint
-from eagerq.deploy import export_onnx
+from eagerq.deploy import Verification, export_onnx, verify_deployment
 from eagerq.errors import EagerqError, GuardError
+from eagerq.exactness import ExactRun, exact_mode
 from eagerq.guarding import guard
 from eagerq.nn.modules.batchnorm import freeze_bn_stats, update_bn_stats
 from eagerq.patterns import DEFAULT_PATTERNS, Patterns
 from eagerq.plan import FusionPlan, Match, Skip
 from eagerq.quant import (
     PRESETS,
+    EngineProfile,
     FakeQuantize,
     QConfig,
     QConfigMapping,
@@ -31,6 +33,8 @@ __all__ = [
     "PRESETS",
     "Comparison",
     "EagerqError",
+    "EngineProfile",
+    "ExactRun",
     "FakeQuantize",
     "FusionPlan",
     "GuardError",
@@ -41,6 +45,7 @@ __all__ = [
     "QuantSpec",
     "Report",
     "Skip",
+    "Verification",
     "compare_modules",
     "convert",
     "convert_qat",
@@ -49,6 +54,7 @@ __all__ = [
     "enable_fake_quant",
     "enable_observer",
     "errors",
+    "exact_mode",
     "export_onnx",
     "float_state_dict",
     "freeze_bn_stats",
@@ -59,4 +65,5 @@ __all__ = [
     "report",
     "unfuse_modules",
     "update_bn_stats",
+    "verify_deployment",
 ]

@@ -15,6 +15,7 @@ from eagerq.dataflow import Watched, watch, watch_copy
 from eagerq.errors import InputsError, SpecError, StateError
 from eagerq.inputs import Inputs
 from eagerq.nn.intrinsic.fused import Fused, type_name
+from eagerq.nn.intrinsic.qat.mixins import WithAct
 from eagerq.nn.qat.base import QATBase, QATOp
 from eagerq.patterns import Patterns
 from eagerq.placement import Quantizable, Site, place, place_at_inputs
@@ -210,6 +211,8 @@ class Conversion:
             quantizer = quantizers[site]
             if site.kind == "output":
                 holder.activation_post_process = quantizer
+                if isinstance(holder, WithAct):
+                    holder.split_activation()
             elif site.kind == "input":
                 holder.input_fake_quant = quantizer
             elif site.kind == "exit":

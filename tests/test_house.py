@@ -26,7 +26,7 @@ FLOORS = (
     ("integrations", "surgery", "inputs", "trace", "recorder", "dataflow", "checks"),
     ("patterns",),
     ("record", "plan", "evidence", "trial", "planner", "placement", "conversion", "chains", "guarding", "unfusing"),
-    ("workflow", "verify", "checkpoint"),
+    ("workflow", "verify", "checkpoint", "exactness"),
     ("deploy",),
     ("cli", "demo", "__main__"),
 )

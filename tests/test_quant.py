@@ -107,10 +107,11 @@ def test_specs_and_configs_are_frozen_values() -> None:
 def test_presets_are_those_of_the_engines() -> None:
     assert {name: str(config) for name, config in PRESETS.items()} == {
         "onnxruntime": "activation u8 affine [0, 255] by moving_average;"
-        " weight s8 symmetric per channel [-127, 127] by min_max; at outputs",
+        " weight s8 symmetric per channel [-127, 127] by min_max; at outputs; split activations",
         "tensorrt": "activation s8 symmetric [-128, 127] by moving_average;"
         " weight s8 symmetric per channel [-127, 127] by min_max; at inputs",
-        "per_tensor": "activation u8 affine [0, 255] by moving_average; weight s8 affine [-128, 127] by min_max; at outputs",
+        "per_tensor": "activation u8 affine [0, 255] by moving_average; weight s8 affine [-128, 127] by min_max; at outputs;"
+        " split activations",
     }
     for name, config in PRESETS.items():
         assert get_qconfig(name) is config

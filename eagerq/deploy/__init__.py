@@ -1,5 +1,6 @@
 """Floor 7: what leaves PyTorch."""
 
 from eagerq.deploy.onnx import export_onnx
+from eagerq.deploy.verification import Verification, verify_deployment
 
-__all__ = ["export_onnx"]
+__all__ = ["Verification", "export_onnx", "verify_deployment"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import os
 import tempfile
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from eagerq.checks import check_model
+from eagerq.deploy.verification import numbered
 from eagerq.errors import ExportError, InputsError, StateError
 from eagerq.extras import require
 from eagerq.inputs import Inputs, runs_for
 from eagerq.nn.quantized import is_deployed
 from eagerq.record import record_of
 
-OPSETS = range(18, 24)
+OPSETS = range(17, 24)
+#: torch's exporter writes no older one; ONNX's own converter takes it down from there.
+_OLDEST_WRITTEN = 18
 
 
 def export_onnx(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any = None, *, opset: int = 18) -> Path:
@@ -38,7 +43,7 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], example_inputs: 
         model: what ``convert`` returned.
         path: the file to write.
         example_inputs: as for ``plan_fusion``; None takes those the model was fused or converted with.
-        opset: ONNX operator set, 18 to 23.
+        opset: ONNX operator set, 17 to 23.
 
     Returns:
         The path written.
@@ -51,6 +56,7 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], example_inputs: 
         MissingExtraError: without ``onnx`` or ``onnxscript``.
     """
     onnx = require("onnx", "onnx")
+    require("onnx.version_converter", "onnx")
     require("onnxscript", "onnx")
     check_model(model)
     if not is_deployed(model):
@@ -62,10 +68,13 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], example_inputs: 
         raise ExportError(f"wanted an existing folder for {target}, found none at {target.parent}; create it first.")
     if target.is_dir():
         raise ExportError(f"wanted a file to write, found the folder {target}; add a file name.")
-    proto = _exported(model, _example(model, example_inputs), opset)
+    proto = _exported(model, _example(model, example_inputs), max(opset, _OLDEST_WRITTEN))
     _tidy(onnx, proto)
     _unshare_zero_points(onnx, proto)
-    proto.producer_name = "eagerq"
+    _name_codes(proto)
+    if opset < _OLDEST_WRITTEN:
+        proto = _older(onnx, proto, opset)
+    _describe(proto)
     try:
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:
@@ -195,10 +204,53 @@ def _unshare_zero_points(onnx: Any, proto: Any) -> None:
         if name in taken:
             own = onnx.TensorProto()
             own.CopyFrom(stored[name])
-            own.name = f"{node.input[0]}.own_zero_point"
+            own.name = f"{node.output[0]}.own_zero_point"  # weights that are equal are stored once
             node.input[2] = own.name
             proto.graph.initializer.append(own)
         taken.add(name)
+
+
+def _older(onnx: Any, proto: Any, opset: int) -> Any:
+    for node in proto.graph.node:  # the converter leaves a default in place that older reductions do not know
+        for attribute in [a for a in node.attribute if a.name == "noop_with_empty_axes" and not a.i]:
+            node.attribute.remove(attribute)
+    try:
+        converted = onnx.version_converter.convert_version(proto, opset)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise ExportError(f"this graph has no form in opset {opset}: {text[:200]}; pass opset={_OLDEST_WRITTEN}.") from error
+    return converted
+
+
+def _name_codes(proto: Any) -> None:
+    """Name each tensor of codes after its quantizer, so that ``verify_deployment`` finds it."""
+    names: dict[str, str] = {}
+    calls: dict[str, int] = {}
+    for node in proto.graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = names.get(name, name)
+        quantizer = _scope(node) if node.op_type == "QuantizeLinear" else None
+        if quantizer is not None:
+            new = numbered(quantizer, calls)
+            names[node.output[0]] = node.output[0] = new
+    for value in proto.graph.value_info:
+        value.name = names.get(value.name, value.name)
+
+
+def _scope(node: Any) -> str | None:
+    """Full name of the module that made this node, as torch's exporter notes it."""
+    noted = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), None)
+    scopes = [] if noted is None else ast.literal_eval(noted)
+    return scopes[-2] if len(scopes) > 1 else None
+
+
+def _describe(proto: Any) -> None:
+    """Who wrote it; what torch's exporter notes of its own run (source paths, stack traces) is left out."""
+    proto.producer_name, proto.producer_version = "eagerq", version("eagerq")
+    for part in (proto, proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.input, *proto.graph.output):
+        del part.metadata_props[:]
+    for initializer in proto.graph.initializer:
+        del initializer.metadata_props[:]
 
 
 def _is_nonnegative(name: str, producers: Any, constants: Any) -> bool:

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eagerq.nn.integer import codes_of, integer_map
 from eagerq.nn.modules.hooks import POST_HOOKS, PRE_HOOKS, share_hooks
 from eagerq.nn.modules.ops import Op
 from eagerq.nn.qat.base import QATBase, QATOp
+from eagerq.quant.codes import encode
+from eagerq.quant.engine import EngineProfile
 from eagerq.quant.fake_quantize import FakeQuantize
 from eagerq.quant.functional import dequantize, fake_quantize
 from eagerq.quant.observer import QuantState
@@ -36,6 +39,9 @@ class QuantizeDequantize(QuantState):
     is QuantizeLinear and DequantizeLinear.
     """
 
+    #: Set by ``exact_mode``: the engine whose codes the forward gives.
+    profile: EngineProfile | None = None
+
     scale: Tensor
     zero_point: Tensor
 
@@ -46,6 +52,8 @@ class QuantizeDequantize(QuantState):
         self.register_buffer("zero_point", zero_point.detach().reshape(()).to(code_dtype(spec)))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.profile is not None:
+            return encode(x, self.spec, self.scale, self.zero_point, self.profile)
         low, high = self.spec.quant_min, self.spec.quant_max
         if not torch.onnx.is_in_onnx_export():
             return fake_quantize(x, self.scale, self.zero_point.to(torch.int32), low, high)
@@ -72,6 +80,9 @@ class QuantizedModule(QuantState):
     qconfig keeps the weight float, it is real and ``weight_scale`` None. ``weight`` and ``bias`` are the real
     values of the codes, for code that reads them from outside.
     """
+
+    #: Set by ``exact_mode``: the engine whose arithmetic the forward follows.
+    profile: EngineProfile | None = None
 
     weight_codes: Tensor
     weight_scale: Tensor | None
@@ -126,6 +137,14 @@ class QuantizedModule(QuantState):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight_codes.device)).dtype
         return self
 
+    def _weight_about_zero(self) -> Tensor:
+        """Codes less their zero point, float32."""
+        shape = [1] * self.weight_codes.dim()
+        zero: Tensor = self.weight_zero_point  # type: ignore[assignment]
+        if zero.numel() > 1:
+            shape[self.axis] = -1
+        return self.weight_codes.float() - zero.float().reshape(shape)
+
     @property
     def weight(self) -> Tensor:
         """The weight as real values, of the model's dtype."""
@@ -158,8 +177,12 @@ class QuantizedModule(QuantState):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.input_fake_quant is not None:
             input = self.input_fake_quant(input)
-        op: Any = self.op_class.op
-        out: Tensor = op(self, input, self.weight, self.bias, *args, **kwargs)
+        codes = None if self.profile is None else codes_of(input)
+        if codes is not None and self.weight_scale is not None and (self.bias_codes is None or self.bias_scale is not None):
+            out: Tensor = integer_map(self, codes, self._weight_about_zero(), self.weight_scale, self.bias_codes, args, kwargs)  # type: ignore[arg-type]
+        else:
+            op: Any = self.op_class.op
+            out = op(self, input, self.weight, self.bias, *args, **kwargs)
         if self.act is not None:
             out = self.act(out)
         if self.activation_post_process is not None:
@@ -172,6 +195,8 @@ class QuantizedModule(QuantState):
         except AttributeError:
             op_class = self.__dict__.get("op_class")
             method = getattr(op_class, name, None) if op_class is not None and not name.startswith("__") else None
+            if isinstance(method, int) and hasattr(Op, name):
+                return method  # which axis is whose
             if not isinstance(method, FunctionType):
                 raise
             return method.__get__(self)  # helpers that the QAT class's op calls on itself

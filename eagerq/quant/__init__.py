@@ -1,5 +1,6 @@
 """Numbers: specs and qconfigs, observers, fake quantizers."""
 
+from eagerq.quant.engine import PROFILES, EngineProfile, get_profile
 from eagerq.quant.fake_quantize import (
     FakeQuantize,
     disable_fake_quant,
@@ -13,6 +14,8 @@ from eagerq.quant.spec import PRESETS, QConfig, QConfigMapping, QuantSpec, get_q
 
 __all__ = [
     "PRESETS",
+    "PROFILES",
+    "EngineProfile",
     "FakeQuantize",
     "Observer",
     "QConfig",
@@ -24,6 +27,7 @@ __all__ = [
     "enable_fake_quant",
     "enable_observer",
     "fake_quantize",
+    "get_profile",
     "get_qconfig",
     "quantization_params",
     "quantize",

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from eagerq.errors import StateError
+from eagerq.quant.codes import encode
+from eagerq.quant.engine import EngineProfile
 from eagerq.quant.functional import fake_quantize, quantization_params
 from eagerq.quant.observer import Observer, QuantState
 from eagerq.quant.spec import QuantSpec
@@ -30,6 +32,9 @@ class FakeQuantize(QuantState):
     and the observer's. ``fake_quant_enabled`` and ``observer_enabled`` are Python bools (torch.compile
     guards on them) which the state_dict holds under torch.ao's keys.
     """
+
+    #: Set by ``exact_mode``: the engine whose codes the eval forward gives.
+    profile: EngineProfile | None = None
 
     scale: Tensor
     zero_point: Tensor
@@ -90,19 +95,27 @@ class FakeQuantize(QuantState):
         observer = self.activation_post_process
         return bool((observer.min_val != 0).any() or (observer.max_val != 0).any())
 
+    def is_ready(self) -> bool:
+        """Whether there is a scale to quantize with in eval."""
+        if not (self.memoryless or self.observed):
+            # an averaged copy of the model (EMA) got its buffers from another that observed
+            if torch.compiler.is_compiling() or self.scale.is_meta or not self.has_range():
+                return False
+            self.observed = True
+        return True
+
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self.observer_enabled:
             self.observe(x)
             scale, zero_point = self.scale, self.zero_point
         else:
-            if not (self.memoryless or self.observed):
-                # an averaged copy of the model (EMA) got its buffers from another that observed
-                if torch.compiler.is_compiling() or self.scale.is_meta or not self.has_range():
-                    return x
-                self.observed = True
+            if not self.is_ready():
+                return x
             scale, zero_point = self.params_for(x)
         if not self.fake_quant_enabled:
             return x
+        if self.profile is not None and not self.training and not self.memoryless:
+            return encode(x, self.spec, scale, zero_point, self.profile)
         ndim = x.dim()
         return fake_quantize(
             x, self.along_axis(scale, ndim), self.along_axis(zero_point, ndim), self.spec.quant_min, self.spec.quant_max

@@ -107,6 +107,9 @@ class QConfig:
         weight: spec of the weight; None leaves it float.
         placement: ``"outputs"`` quantizes a tensor once, where it is produced (ONNX Runtime, most
             integer engines); ``"inputs"`` quantizes where a quantized module reads (TensorRT).
+        split_activations: quantize between a linear map and an activation that the engine runs as an integer
+            kernel of its own (sigmoid, LeakyReLU; SiLU and Hardswish as x times their gate), rather than
+            after both (ONNX Runtime: without it such a convolution runs in float).
 
     Raises:
         SpecError: if a spec is not a ``QuantSpec``, or the activations' spec is per channel.
@@ -115,6 +118,7 @@ class QConfig:
     activation: QuantSpec | None
     weight: QuantSpec | None
     placement: Placement = "outputs"
+    split_activations: bool = False
 
     def __post_init__(self) -> None:
         for field in ("activation", "weight"):
@@ -131,7 +135,8 @@ class QConfig:
         return QConfigMapping(self).override(rule, qconfig)
 
     def __str__(self) -> str:
-        return f"activation {self.activation or 'float'}; weight {self.weight or 'float'}; at {self.placement}"
+        split = "; split activations" if self.split_activations else ""
+        return f"activation {self.activation or 'float'}; weight {self.weight or 'float'}; at {self.placement}{split}"
 
 
 #: Selects modules: a name with ``*`` and ``?`` as in a shell, or a module type (matched exactly).
@@ -141,13 +146,14 @@ PRESETS: Mapping[str, QConfig] = {
     "onnxruntime": QConfig(
         activation=QuantSpec(),
         weight=QuantSpec(signed=True, symmetric=True, per_channel=True, narrow_range=True, observer="min_max"),
+        split_activations=True,
     ),
     "tensorrt": QConfig(
         activation=QuantSpec(signed=True, symmetric=True),
         weight=QuantSpec(signed=True, symmetric=True, per_channel=True, narrow_range=True, observer="min_max"),
         placement="inputs",
     ),
-    "per_tensor": QConfig(activation=QuantSpec(), weight=QuantSpec(signed=True, observer="min_max")),
+    "per_tensor": QConfig(activation=QuantSpec(), weight=QuantSpec(signed=True, observer="min_max"), split_activations=True),
 }
 
 

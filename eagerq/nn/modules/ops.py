@@ -41,6 +41,9 @@ class Op:
 
     channels_dim = 1
 
+    #: The axis of the output that its channels lie on.
+    output_axis = 1
+
     def scale_weight(self, weight: Tensor, scale: Tensor) -> Tensor:
         """The weight with output channel c multiplied by ``scale[c]``; ``scale`` is ``(C_out,)``."""
         view = self.by_output(weight)
@@ -53,6 +56,12 @@ class Op:
         view = self.by_output(weight).abs()
         rest = [d for d in range(view.dim()) if d not in (0, self.channels_dim)]
         return view.amax(rest).reshape(-1)
+
+    def output_sum(self, weight: Tensor) -> Tensor:
+        """Sum of each output channel's weights, ``(C_out,)``."""
+        view = self.by_output(weight)
+        rest = [d for d in range(view.dim()) if d not in (0, self.channels_dim)]
+        return view.sum(rest).reshape(-1)
 
 
 class ConvOp(Op):
@@ -111,6 +120,8 @@ class ConvTransposeOp(Op):
 
 class LinearOp(Op):
     """Matrix product over the last axis; weight ``(out, in)``."""
+
+    output_axis = -1
 
     def op(self, input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         return F.linear(input, weight, bias)

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from eagerq.errors import ModelError, StateError
+from eagerq.nn.integer import codes_of, integer_map
 from eagerq.nn.intrinsic.fused import Fused, type_name
 from eagerq.nn.modules.batchnorm import HoldsNorm
 from eagerq.nn.modules.hooks import POST_HOOKS, PRE_HOOKS, release_hooks, share_hooks
 from eagerq.nn.modules.ops import Op
+from eagerq.quant.engine import EngineProfile
 from eagerq.quant.fake_quantize import FakeQuantize
 from eagerq.quant.functional import MIN_SCALE, dequantize, quantize, straight_through
 from eagerq.quant.spec import QConfig, QConfigLike, get_qconfig
@@ -57,6 +59,9 @@ class QATBase(nn.Module):
 
     #: The float class ``from_float`` takes, exactly; torch.ao's name.
     _FLOAT_MODULE: ClassVar[type[nn.Module]] = nn.Module
+
+    #: Set by ``exact_mode``: the engine whose arithmetic the eval forward follows.
+    profile: EngineProfile | None = None
 
     qconfig: QConfig
     activation_post_process: nn.Module | None
@@ -182,6 +187,12 @@ class QATOp(Op, QATBase):
 
     def compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.training and self.is_deployable():
+            codes = None if self.profile is None else codes_of(input)
+            if codes is not None and self.weight_fake_quant is not None and self.weight_fake_quant.fake_quant_enabled:
+                stored = self.quantized_weight()
+                if stored.bias is None or stored.bias_codes is not None:
+                    zero = self.weight_fake_quant.along_axis(stored.zero_point, stored.codes.dim())
+                    return integer_map(self, codes, stored.codes - zero, stored.scale, stored.bias_codes, args, kwargs)
             weight, bias = self.deployed()
             return self.op(input, weight, bias, *args, **kwargs)
         return self.train_compute(input, *args, **kwargs)

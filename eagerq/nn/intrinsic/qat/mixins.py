@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from eagerq.nn.modules.batchnorm import HoldsNorm, is_foldable, scale_and_shift
 from eagerq.nn.modules.ops import fold
 from eagerq.nn.qat.base import QATBase, QATOp
+from eagerq.nn.qat.split import split
 from eagerq.quant.spec import QConfigLike
 
 #: A channel whose largest code is below this is trained on its float weight (see ``WithBn``).
@@ -113,6 +114,7 @@ class WithAct(QATBase):
     """A QAT module followed by an activation, adopted as it is; None makes a ReLU."""
 
     act: nn.Module
+    weight: Tensor
 
     def __init__(self, *args: Any, act: nn.Module | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -122,6 +124,10 @@ class WithAct(QATBase):
         act = members.pop()
         super()._adopt(members)
         self.act = act
+
+    def split_activation(self) -> None:
+        """Quantize before the activation too, if the config asks for it; for where the output is quantized."""
+        self.act = split(self.act, self.qconfig, self.weight)
 
     def _runs_itself(self) -> tuple[nn.Module, ...]:
         return (self.act, *super()._runs_itself())

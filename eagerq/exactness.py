@@ -1,0 +1,96 @@
+"""``exact_mode``: a model's eval forward in an integer engine's own arithmetic."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from eagerq.errors import StateError
+from eagerq.nn.qat.base import QATBase
+from eagerq.nn.quantized import QuantizeDequantize, QuantizedModule, is_deployed, is_qat
+from eagerq.quant import codes
+from eagerq.quant.engine import EngineProfile, get_profile
+from eagerq.quant.fake_quantize import FakeQuantize
+from eagerq.tables import table
+
+
+@dataclasses.dataclass
+class ExactRun:
+    """What ran in float inside ``exact_mode``. Printing it gives a table.
+
+    Attributes:
+        profile: the engine followed.
+        floats: how often each function ran on real values though it was given codes, by (function, module).
+    """
+
+    profile: EngineProfile
+    floats: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        rows = [(name, module or "(model)", str(n)) for (name, module), n in self.floats.items()]
+        return table(("function", "module", "times in float"), rows)
+
+
+@contextlib.contextmanager
+def exact_mode(model: nn.Module, profile: EngineProfile | str = "onnxruntime-x64") -> Iterator[ExactRun]:
+    """Inside, the eval forward of a QAT or deployed model computes the codes that the engine computes.
+
+    Quantizers give tensors that carry codes, and the model's own forward takes them along: linear maps, add, mul, ReLU,
+    ReLU6 and other clips, max pooling, global average pooling, concatenation, nearest interpolation and whatever moves
+    values without changing them. Any other function runs on real values and is listed. Outputs are plain tensors.
+    Gradients do not flow. Modules in train mode do as always.
+
+    Args:
+        model: QAT or deployed, called as a whole inside.
+        profile: an ``EngineProfile`` or its name.
+
+    Yields:
+        An ``ExactRun``, which lists what ran in float.
+
+    Raises:
+        StateError: for a float model.
+    """
+    engine = get_profile(profile)
+    if not (is_qat(model) or is_deployed(model)):
+        raise StateError("wanted a QAT or deployed model, found a float one; call eagerq.convert_qat first.")
+    run = ExactRun(engine)
+    names = {module: name for name, module in model.named_modules()}
+    inside: list[str] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        inside.append(names.get(module, inside[-1] if inside else ""))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if inside:
+            inside.pop()
+
+    def note(function: str) -> None:
+        run.floats[function, inside[-1] if inside else ""] += 1
+
+    def plain(module: nn.Module, args: Any, output: Any) -> Any:
+        return codes.decode(output)
+
+    followers = [m for m in model.modules() if isinstance(m, (QATBase, QuantizedModule, QuantizeDequantize, FakeQuantize))]
+    before = codes.on_float
+    handles = [
+        register_module_forward_pre_hook(enter),
+        register_module_forward_hook(leave, always_call=True),
+        model.register_forward_hook(plain),
+    ]
+    try:
+        codes.on_float = note
+        for module in followers:
+            module.profile = engine
+        yield run
+    finally:
+        codes.on_float = before
+        for module in followers:
+            del module.profile
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,93 @@
+"""Activations that an integer engine runs as a kernel of its own, behind the linear map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eagerq.quant.fake_quantize import FakeQuantize
+from eagerq.quant.spec import QConfig
+
+#: f(x) = x g(x), as the engine multiplies; torch's class of f, f and g.
+_GATED: tuple[tuple[type[nn.Module], Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]], ...] = (
+    (nn.SiLU, F.silu, torch.sigmoid),
+    (nn.Hardswish, F.hardswish, F.hardsigmoid),
+)
+#: Functions that are a table over the codes of their input.
+_TABLED: tuple[tuple[type[nn.Module], Callable[[Tensor], Tensor] | None], ...] = (
+    (nn.Sigmoid, torch.sigmoid),
+    (nn.Hardsigmoid, F.hardsigmoid),
+    (nn.LeakyReLU, None),
+)
+
+
+def _computes(act: nn.Module, function: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a library's own activation is this function by another name; it is elementwise, or it would not be fused."""
+    if next(act.parameters(), None) is not None or type(act).__module__.startswith("torch."):
+        return False
+    probe = torch.linspace(-8.0, 8.0, 129)
+    with torch.no_grad():
+        return torch.allclose(act(probe.clone()), function(probe), rtol=0.0, atol=1e-6)
+
+
+def _gate_of(act: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    return next((g for kind, f, g in _GATED if type(act) is kind or _computes(act, f)), None)
+
+
+def _is_tabled(act: nn.Module) -> bool:
+    return any(type(act) is kind or (f is not None and _computes(act, f)) for kind, f in _TABLED)
+
+
+class SplitActivation(nn.Module):
+    r"""``act`` of a quantized input; SiLU and Hardswish as :math:`Q(x)\,Q(g(Q(x)))`.
+
+    The output is quantized by the module that holds this one. ``input_fake_quant`` quantizes what the linear map
+    gives, ``gate_fake_quant`` the gate (None without one).
+    """
+
+    gate_fake_quant: nn.Module | None
+
+    def __init__(self, act: nn.Module, qconfig: QConfig, like: Tensor) -> None:
+        super().__init__()
+        self.act = act
+        self.input_fake_quant: nn.Module = _quantizer(qconfig, like)
+        self.gate = _gate_of(act)
+        self.gate_fake_quant = None if self.gate is None else _quantizer(qconfig, like)
+        self.train(act.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.input_fake_quant(x)
+        if self.gate is None or self.gate_fake_quant is None:
+            return self.act(x)  # type: ignore[no-any-return]
+        if _quantizes(self.gate_fake_quant):
+            return x * self.gate_fake_quant(self.gate(x))  # type: ignore[no-any-return]
+        if self.training:  # it may learn its range
+            with torch.no_grad():
+                self.gate_fake_quant(self.gate(x))
+        return self.act(x)  # type: ignore[no-any-return]  # bit for bit what the float model computes
+
+
+def _quantizes(quantizer: nn.Module) -> bool:
+    if not isinstance(quantizer, FakeQuantize):  # deployed
+        return True
+    learns = quantizer.training and quantizer.observer_enabled
+    return quantizer.fake_quant_enabled and (learns or quantizer.is_ready())
+
+
+def _quantizer(qconfig: QConfig, like: Tensor) -> FakeQuantize:
+    if qconfig.activation is None:
+        raise ValueError("an activation is split between quantizers, but the qconfig has no spec for them")
+    quantizer = FakeQuantize(qconfig.activation, device=like.device)
+    return quantizer.double() if like.dtype == torch.float64 else quantizer
+
+
+def split(act: nn.Module, qconfig: QConfig, like: Tensor) -> nn.Module:
+    """``act``, split if the config asks for it and the activation is of a kind that can be and has no hooks of its own."""
+    wanted = qconfig.split_activations and qconfig.activation is not None and qconfig.placement == "outputs"
+    hooked = act._forward_hooks or act._forward_pre_hooks or act._backward_hooks or act._backward_pre_hooks
+    if not wanted or hooked or (_gate_of(act) is None and not _is_tabled(act)):
+        return act
+    return SplitActivation(act, qconfig, like)

@@ -1,0 +1,446 @@
+"""A tensor that carries integer codes through a model's own, unmodified forward.
+
+What an engine computes on codes, a ``CodeTensor`` computes on codes; a result whose grid is not known yet (a sum, a
+convolution) waits for the quantizer behind it. Any other function runs on real values, and is listed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eagerq.quant.engine import EngineProfile, Grid
+from eagerq.quant.spec import QuantSpec
+
+
+class Value:
+    """What a ``CodeTensor`` stands for."""
+
+    profile: EngineProfile
+
+    def real(self) -> Tensor:
+        """The real values, as the engine has them where no quantizer follows."""
+        raise NotImplementedError  # pragma: no cover
+
+    def on(self, grid: Grid) -> Tensor:
+        """The codes after a quantizer with this grid."""
+        raise NotImplementedError  # pragma: no cover
+
+    def shape(self) -> torch.Size:
+        """Of the tensor."""
+        raise NotImplementedError  # pragma: no cover
+
+    def device(self) -> torch.device:
+        """Of the tensor."""
+        raise NotImplementedError  # pragma: no cover
+
+
+@dataclasses.dataclass
+class Coded(Value):
+    """Codes on a grid."""
+
+    codes: Tensor
+    grid: Grid
+    profile: EngineProfile
+
+    def real(self) -> Tensor:
+        return self.profile.dequantize(self.codes, self.grid)
+
+    def on(self, grid: Grid) -> Tensor:
+        return self.codes if self.grid.is_same(grid) else self.profile.quantize(self.real(), grid)
+
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def about_zero(self) -> Tensor:
+        """q - z."""
+        return self.codes - self.grid.zero_point
+
+
+@dataclasses.dataclass
+class Pending(Value):
+    """A result of integer operands that waits for its grid, perhaps with an activation that clips it.
+
+    Attributes:
+        size, place: shape and device of the result.
+        value: its real value without the quantizer.
+        codes: its codes on a grid.
+        kind: what engines compute in float if no quantizer follows; ``""`` if they give this very value.
+        low, high: real bounds of the activation.
+    """
+
+    size: torch.Size
+    place: torch.device
+    value: Callable[[], Tensor]
+    codes: Callable[[Grid], Tensor]
+    profile: EngineProfile
+    kind: str = ""
+    low: float = -math.inf
+    high: float = math.inf
+
+    def real(self) -> Tensor:
+        if self.kind and on_float is not None:
+            on_float(self.kind)
+        value = self.value()
+        return value if self.low == -math.inf and self.high == math.inf else value.clamp(self.low, self.high)
+
+    def on(self, grid: Grid) -> Tensor:
+        codes = self.codes(grid)
+        if self.low == -math.inf and self.high == math.inf:
+            return codes
+        bounds = torch.tensor([self.low, self.high], device=codes.device)
+        low, high = self.profile.quantize(bounds, grid)
+        return codes.clamp(low, high)
+
+    def shape(self) -> torch.Size:
+        return self.size
+
+    def device(self) -> torch.device:
+        return self.place
+
+    def clipped(self, low: float, high: float) -> Pending:
+        """The same after a clip."""
+        return dataclasses.replace(self, low=min(max(self.low, low), self.high), high=max(min(self.high, high), self.low))
+
+
+#: Called with the name of each function that ran on real values though it was given codes.
+on_float: Callable[[str], None] | None = None
+
+
+class CodeTensor(Tensor):
+    """A tensor of codes, or of a result that waits for its quantizer; see the module's text."""
+
+    value: Value
+
+    @staticmethod
+    def __new__(cls, value: Value) -> CodeTensor:
+        """A float32 tensor of the value's shape, without storage of its own."""
+        made: CodeTensor = Tensor._make_wrapper_subclass(cls, value.shape(), dtype=torch.float32, device=value.device())  # type: ignore[attr-defined]
+        made.value = value
+        return made
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"CodeTensor({type(self.value).__name__}, {tuple(self.shape)})"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "__get__":  # a property
+            name = getattr(getattr(func, "__self__", None), "__name__", "")
+            if name in _PROPERTIES:
+                name = _PROPERTIES[name]
+        if name in _FACTS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        handler = _HANDLERS.get(name)
+        if handler is not None:
+            found = handler(func, args, kwargs)
+            if found is not NotImplemented:
+                return found
+        if on_float is not None:
+            on_float(name)
+        return func(*_real(args), **_real(kwargs))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        return func(*_real(args), **_real(kwargs or {}))
+
+
+def encode(x: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor, profile: EngineProfile) -> Tensor:
+    """``x`` behind a quantizer: codes of real values, or of a result that waited for this grid."""
+    grid = Grid.of(spec, scale, zero_point)
+    codes = x.value.on(grid) if isinstance(x, CodeTensor) else profile.quantize(x, grid)
+    return CodeTensor(Coded(codes, grid, profile))
+
+
+def decode(obj: Any) -> Any:
+    """The object with plain tensors in the place of code tensors, inside tuples, lists, dicts and dataclasses."""
+    return _real(obj)
+
+
+def _real(obj: Any) -> Any:
+    if isinstance(obj, CodeTensor):
+        return obj.value.real()
+    if isinstance(obj, Mapping):
+        held = {key: _real(value) for key, value in obj.items()}
+        if type(obj) is dict:
+            return held
+        if any(held[key] is not obj[key] for key in held):
+            for key, value in held.items():  # a ModelOutput keeps its class
+                obj[key] = value  # type: ignore[index]
+        return obj
+    if isinstance(obj, tuple) and hasattr(obj, "_fields"):
+        return type(obj)(*map(_real, obj))
+    if type(obj) in (list, tuple):
+        return type(obj)(map(_real, obj))
+    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        changed = {f.name: _real(getattr(obj, f.name)) for f in dataclasses.fields(obj) if f.init}
+        if any(changed[key] is not getattr(obj, key) for key in changed):
+            return dataclasses.replace(obj, **changed)
+    return obj
+
+
+# --- what codes do under functions ----------------------------------------------------------------
+
+#: Facts about a tensor that need no values.
+_FACTS = frozenset(
+    "shape dtype device layout ndim dim size numel nelement stride is_cuda is_cpu is_meta is_sparse is_mkldnn is_quantized"
+    " is_nested requires_grad grad_fn grad is_leaf is_complex is_floating_point is_signed is_contiguous element_size"
+    " storage_offset get_device names is_inference itemsize nbytes is_xla is_mps is_xpu is_vulkan is_ipu is_ort is_mtia"
+    " is_maia is_neg is_conj data_ptr __len__ _version requires_grad_ value is_same_size has_names".split()
+)
+_PROPERTIES = {"T": "permute_reversed", "mT": "mT"}
+
+
+def _operand(x: Any) -> Coded | None:
+    return x.value if isinstance(x, CodeTensor) and isinstance(x.value, Coded) else None
+
+
+def _in_place(target: Any, result: CodeTensor) -> Any:
+    target.value = result.value
+    return target
+
+
+def _moved(func: Any, args: Any, kwargs: Any) -> Any:
+    """A function that only moves values: it runs on the codes."""
+    x = _operand(args[0]) if args else None
+    if x is None or any(isinstance(a, CodeTensor) for a in (*args[1:], *kwargs.values())):
+        return NotImplemented
+    moved = func(x.codes, *args[1:], **kwargs)
+    if isinstance(moved, Tensor):
+        return CodeTensor(dataclasses.replace(x, codes=moved)) if moved.dtype == x.codes.dtype else NotImplemented
+    if isinstance(moved, (tuple, list)) and all(isinstance(part, Tensor) for part in moved):
+        return type(moved)(CodeTensor(dataclasses.replace(x, codes=part)) for part in moved)
+    return NotImplemented
+
+
+def _same(func: Any, args: Any, kwargs: Any) -> Any:
+    """Dropout in eval, contiguous, a cast to the dtype it has: the tensor itself."""
+    training = kwargs.get("training", args[2] if len(args) > 2 else False)
+    return NotImplemented if training else args[0]
+
+
+def _pooled_max(func: Any, args: Any, kwargs: Any) -> Any:
+    """Max pooling: of codes, padded with minus infinity as that of reals is."""
+    if kwargs.get("return_indices"):
+        return NotImplemented
+    return _moved(func, args, kwargs)
+
+
+def _clip(low: float, high: float, args: Any, in_place: bool) -> Any:
+    x = args[0]
+    value = x.value
+    if isinstance(value, Pending):
+        result = CodeTensor(value.clipped(low, high))
+    else:
+        bounds = value.profile.quantize(torch.tensor([low, high]).to(value.codes.device), value.grid)
+        result = CodeTensor(dataclasses.replace(value, codes=value.codes.clamp(bounds[0], bounds[1])))
+    return _in_place(x, result) if in_place else result
+
+
+def _relu(func: Any, args: Any, kwargs: Any) -> Any:
+    in_place = kwargs.get("inplace", args[1] if len(args) > 1 else False) or func.__name__ == "relu_"
+    return _clip(0.0, math.inf, args, in_place)
+
+
+def _relu6(func: Any, args: Any, kwargs: Any) -> Any:
+    return _clip(0.0, 6.0, args, kwargs.get("inplace", args[1] if len(args) > 1 else False))
+
+
+def _hardtanh(func: Any, args: Any, kwargs: Any) -> Any:
+    given = dict(zip(("min_val", "max_val", "inplace"), args[1:])) | kwargs  # noqa: B905
+    return _clip(given.get("min_val", -1.0), given.get("max_val", 1.0), args, given.get("inplace", False))
+
+
+def _clamp(func: Any, args: Any, kwargs: Any) -> Any:
+    given = dict(zip(("min", "max"), args[1:])) | kwargs  # noqa: B905
+    low, high = given.get("min"), given.get("max")
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        return NotImplemented
+    return _clip(-math.inf if low is None else low, math.inf if high is None else high, args, func.__name__ == "clamp_")
+
+
+def _pair(args: Any, kwargs: Any) -> tuple[Coded, Coded] | None:
+    if len(args) != 2 or any(value is not None for value in kwargs.values()):
+        return None
+    a, b = map(_operand, args)
+    return None if a is None or b is None else (a, b)
+
+
+def _add(func: Any, args: Any, kwargs: Any) -> Any:
+    pair = _pair(args, kwargs)
+    if pair is None:
+        return NotImplemented
+    a, b = pair
+    name = func.__name__
+    if name == "__radd__":
+        a, b = b, a
+    result = CodeTensor(
+        Pending(
+            torch.broadcast_shapes(a.codes.shape, b.codes.shape),  # type: ignore[no-untyped-call]
+            a.codes.device,
+            lambda: a.real() + b.real(),
+            lambda grid: a.profile.add(a.codes, a.grid, b.codes, b.grid, grid),
+            a.profile,
+            "add",
+        )
+    )
+    return _in_place(args[0], result) if name in ("__iadd__", "add_") else result
+
+
+def _mul(func: Any, args: Any, kwargs: Any) -> Any:
+    pair = _pair(args, kwargs)
+    if pair is None:
+        return NotImplemented
+    a, b = pair
+    result = CodeTensor(
+        Pending(
+            torch.broadcast_shapes(a.codes.shape, b.codes.shape),  # type: ignore[no-untyped-call]
+            a.codes.device,
+            lambda: a.real() * b.real(),
+            lambda grid: a.profile.mul(a.codes, a.grid, b.codes, b.grid, grid),
+            a.profile,
+            "mul",
+        )
+    )
+    return _in_place(args[0], result) if func.__name__ in ("__imul__", "mul_") else result
+
+
+def _averaged(x: Coded, keepdim: bool) -> CodeTensor:
+    """The mean over the last two of four axes, as engines pool globally."""
+    count = x.codes.shape[2] * x.codes.shape[3]
+    total = x.about_zero().double().sum((2, 3), keepdim=keepdim)
+    return CodeTensor(
+        Pending(
+            total.shape,
+            total.device,
+            lambda: x.real().mean((2, 3), keepdim=keepdim),
+            lambda grid: x.profile.average(total, count, x.grid, grid),
+            x.profile,
+            "mean",
+        )
+    )
+
+
+def _mean(func: Any, args: Any, kwargs: Any) -> Any:
+    given = dict(zip(("dim", "keepdim"), args[1:])) | kwargs  # noqa: B905
+    x, dims = _operand(args[0]), given.get("dim", given.get("axis"))
+    if x is None or x.codes.dim() != 4 or not isinstance(dims, (tuple, list)) or given.get("dtype") is not None:
+        return NotImplemented
+    return _averaged(x, bool(given.get("keepdim"))) if sorted(d % 4 for d in dims) == [2, 3] else NotImplemented
+
+
+def _adaptive_average(func: Any, args: Any, kwargs: Any) -> Any:
+    x, size = _operand(args[0]), kwargs.get("output_size", args[1] if len(args) > 1 else None)
+    if x is None or x.codes.dim() != 4 or size not in (1, (1, 1), [1, 1]):
+        return NotImplemented
+    return _averaged(x, True)
+
+
+def _tabled(name: str) -> Callable[[Any, Any, Any], Any]:
+    """An elementwise function of codes: a table."""
+
+    def handler(func: Any, args: Any, kwargs: Any) -> Any:
+        x = _operand(args[0])
+        if x is None or (func.__name__.endswith("_") and not func.__name__.startswith("__")):
+            return NotImplemented
+        own = getattr(x.profile, name, None)
+        rest = {key: value for key, value in kwargs.items() if key != "inplace"}
+
+        def function(real: Tensor) -> Tensor:
+            out: Tensor = func(real, *args[1:2], **rest) if own is None else own(real)
+            return out
+
+        return CodeTensor(
+            Pending(
+                x.codes.shape,
+                x.codes.device,
+                lambda: function(x.real()),
+                lambda grid: x.profile.table(function, x.codes, x.grid, grid),
+                x.profile,
+                name,
+            )
+        )
+
+    return handler
+
+
+def _concatenated(func: Any, args: Any, kwargs: Any) -> Any:
+    tensors = args[0] if args else kwargs.get("tensors")
+    parts = [_operand(t) for t in tensors] if isinstance(tensors, (tuple, list)) else [None]
+    if not parts or any(part is None for part in parts):
+        return NotImplemented
+    held = [part for part in parts if part is not None]
+    rest = {key: value for key, value in kwargs.items() if key != "tensors"}
+    first = held[0]
+
+    def joined(pieces: list[Tensor]) -> Tensor:
+        out: Tensor = func(pieces, *args[1:], **rest)
+        return out
+
+    if all(part.grid.is_same(first.grid) for part in held):
+        return CodeTensor(dataclasses.replace(first, codes=joined([part.codes for part in held])))
+    shape = joined([part.codes.to("meta") for part in held]).shape
+    return CodeTensor(
+        Pending(
+            shape,
+            first.codes.device,
+            lambda: joined([part.real() for part in held]),
+            lambda grid: joined([part.on(grid) for part in held]),
+            first.profile,
+            "cat",
+        )
+    )
+
+
+def _resized(func: Any, args: Any, kwargs: Any) -> Any:
+    mode = kwargs.get("mode", args[3] if len(args) > 3 else "nearest")
+    return _moved(func, args, kwargs) if mode == "nearest" else NotImplemented
+
+
+def _padded(func: Any, args: Any, kwargs: Any) -> Any:
+    given = dict(zip(("pad", "mode", "value"), args[1:])) | kwargs  # noqa: B905
+    x = _operand(args[0])
+    if x is None:
+        return NotImplemented
+    if given.get("mode", "constant") != "constant":
+        return _moved(func, args, kwargs)
+    if given.get("value") not in (None, 0, 0.0):
+        return NotImplemented
+    padded = func(x.about_zero(), given["pad"]) + x.grid.zero_point
+    return CodeTensor(dataclasses.replace(x, codes=padded))
+
+
+_MOVING = (
+    "flatten unflatten view reshape permute transpose swapaxes swapdims movedim squeeze unsqueeze contiguous clone detach"
+    " __getitem__ chunk split unbind narrow select expand repeat tile roll flip pixel_shuffle pixel_unshuffle channel_shuffle"
+    " split_with_sizes tensor_split expand_as view_as reshape_as index_select permute_reversed mT"
+).split()
+_HANDLERS: dict[str, Callable[[Any, Any, Any], Any]] = {
+    **dict.fromkeys(_MOVING, _moved),
+    **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d"), _same),
+    **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool2d"), _pooled_max),
+    **dict.fromkeys(("relu", "relu_"), _relu),
+    "relu6": _relu6,
+    "hardtanh": _hardtanh,
+    **dict.fromkeys(("clamp", "clamp_", "clip"), _clamp),
+    **dict.fromkeys(("add", "__add__", "__radd__", "__iadd__", "add_"), _add),
+    **dict.fromkeys(("mul", "__mul__", "__rmul__", "__imul__", "mul_"), _mul),
+    "sigmoid": _tabled("sigmoid"),
+    "hardsigmoid": _tabled("hardsigmoid"),
+    "leaky_relu": _tabled("leaky_relu"),
+    "mean": _mean,
+    "adaptive_avg_pool2d": _adaptive_average,
+    **dict.fromkeys(("cat", "concat", "concatenate"), _concatenated),
+    "interpolate": _resized,
+    "pad": _padded,
+}
