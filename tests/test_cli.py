@@ -1,5 +1,6 @@
 """The eagerq command: plans as text and JSON, and errors in one line."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -12,17 +13,17 @@ from eagerq.errors import MissingExtraError
 from eagerq.extras import require
 
 
+def called(capsys, *argv):
+    """Run the command in this process: (exit code, stdout, stderr)."""
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
 @pytest.fixture
 def run(capsys):
-    """Run the command in this process: (exit code, stdout, stderr)."""
-
-    def call(*argv):
-        with pytest.raises(SystemExit) as stop:
-            main(argv)
-        out, err = capsys.readouterr()
-        return stop.value.code, out, err
-
-    return call
+    return functools.partial(called, capsys)
 
 
 def one_line(err):
@@ -183,6 +184,13 @@ def test_without_the_demo_extra(run, monkeypatch, tmp_path, module):
     assert code == 1
     assert one_line(err) == f"eagerq: error: eagerq demo needs {package}; run: pip install 'eagerq[demo]'\n"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", ["float_accuracy", "int8_accuracy", "exact", None])
+def test_the_demo_ends_with_1_if_it_misses_a_target(run, monkeypatch, tmp_path, target):
+    targets = {name: name != target for name in ("float_accuracy", "int8_accuracy", "exact")}
+    monkeypatch.setattr("eagerq.demo.run_demo", lambda *args, **options: {"targets": targets})
+    assert run("demo", "--out", str(tmp_path))[0] == (0 if target is None else 1)
 
 
 @pytest.mark.parametrize("spec", ["timm:resnet18", "torchvision.models:resnet18"])

@@ -1,4 +1,4 @@
-"""Plans in a terminal."""
+"""Plans and verifications in a terminal."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.text import Text
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from eagerq.deploy import Verification
 from eagerq.plan import FusionPlan, Match
 
 
@@ -71,3 +72,29 @@ def show_plan(plan: FusionPlan) -> None:
     for note in plan.notes:
         console.print(Text(f"note: {note}"))
     console.print(Text(summary_line(plan), "bold"))
+
+
+def show_verification(found: Verification) -> None:
+    """Print a verification: as tables in a terminal, as plain text elsewhere."""
+    console = Console()
+    if not console.is_terminal:
+        print(found)
+        return
+    differing = [row for row in found.rows if row.differing]
+    if differing:
+        table = Table("tensor", title="Tensors that differ, in the order they are computed", title_justify="left")
+        for column in ("codes", "differing", "share", "largest, in codes"):
+            table.add_column(column, justify="right")
+        for row in differing:
+            share = f"{100 * row.differing / row.compared:.2g} %"
+            table.add_row(Text(row.name, "red"), f"{row.compared:,}", f"{row.differing:,}", share, str(row.largest))
+        console.print(table)
+    if found.exact.floats:
+        table = Table("function", "module", title="Computed in float, where engines may round otherwise", title_justify="left")
+        table.add_column("times", justify="right")
+        for (function, module), times in found.exact.floats.items():
+            table.add_row(Text(function, "yellow"), Text(module or "(model)"), str(times))
+        console.print(table)
+    if found.missing:
+        console.print(Text(f"not in the file: {', '.join(found.missing)}", "yellow"))
+    console.print(Text(found.summary, "bold green" if found.same else "bold red"))

@@ -7,8 +7,10 @@ import functools
 import importlib
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from eagerq.errors import ModelError
@@ -30,6 +32,44 @@ def load_model(spec: str) -> nn.Module:
     return _from_timm(name) if library == "timm" else _from_factory(library, name)
 
 
+def is_model_file(spec: str) -> bool:
+    """Whether ``spec`` names a file of a saved model rather than a factory."""
+    return Path(spec).suffix in (".pt", ".pth")
+
+
+def read_model(path: str, trusted: bool) -> nn.Module:
+    """The model that ``torch.save(model, path)`` wrote.
+
+    Such a file is a pickle, which runs whatever code its writer chose while it is read. It is read only if the caller
+    trusts it, else with ``weights_only=True``, which refuses all classes that the program has not allowed by name
+    (``torch.serialization.add_safe_globals``).
+
+    Raises:
+        ModelError: if there is no such file, it cannot be read, is not trusted, or holds no ``nn.Module``.
+    """
+    if not Path(path).is_file():
+        raise ModelError(f"wanted a model saved at {path}, found no file; check the path.")
+    _look_in_working_folder()
+    try:
+        found: Any = torch.load(path, map_location="cpu", weights_only=not trusted)
+    except Exception as error:  # pickles raise anything
+        if trusted:
+            raise ModelError(
+                f"{path} cannot be read: {type(error).__name__}: {error}; run where its classes can be imported, or name a"
+                " factory."
+            ) from error
+        raise ModelError(
+            f"{path} cannot be read as tensors alone (weights_only=True). A whole model is a pickle, which may run any code while"
+            " it is read: pass --trust if the file is your own, or name a factory that builds the model and loads its weights."
+        ) from error
+    if not isinstance(found, nn.Module):
+        raise ModelError(
+            f"wanted a whole model in {path}, found a {type(found).__name__}; save it with torch.save(model, path), or name a"
+            " factory that builds the model and loads its weights."
+        )
+    return found
+
+
 def _from_timm(name: str) -> nn.Module:
     timm = require("timm", "timm")
     if not timm.is_model(name):
@@ -42,8 +82,7 @@ def _from_timm(name: str) -> nn.Module:
 def _from_factory(library: str, name: str) -> nn.Module:
     if library.partition(".")[0] in ("timm", "torchvision"):
         require(library.partition(".")[0], "timm")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    _look_in_working_folder()
     try:
         found: Any = importlib.import_module(library)
     except ModuleNotFoundError as error:
@@ -63,6 +102,11 @@ def _from_factory(library: str, name: str) -> nn.Module:
     if not callable(found):
         raise ModelError(f"wanted a function or class to call in {library}:{name}, found a {type(found).__name__}.")
     return _called(found, f"{library}:{name}")
+
+
+def _look_in_working_folder() -> None:
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
 
 
 def _called(factory: Any, label: str) -> nn.Module:

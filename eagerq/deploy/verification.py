@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -77,12 +78,42 @@ class Verification:
         """Where the first difference arises; None if there is none."""
         return next((row for row in self.rows if row.differing), None)
 
-    def __str__(self) -> str:
-        lines = [
-            f"{self.differing:,} of {self.compared:,} codes in {len(self.rows)} tensors differ between {self.engine}"
-            f" and the exact mode ({self.exact.profile.name}, formulas {self.exact.profile.version});"
+    @property
+    def same(self) -> bool:
+        """Whether codes were compared and none differs, and no output either; where a part ran in float, codes alone count."""
+        return bool(self.compared) and not self.differing and (self.output_difference == 0 or bool(self.exact.floats))
+
+    @property
+    def summary(self) -> str:
+        """The counts in one sentence."""
+        sides = f"{self.engine} and the exact mode ({self.exact.profile.name}, formulas {self.exact.profile.version})"
+        if not self.compared:
+            return f"no code could be compared between {sides}"
+        return (
+            f"{self.differing:,} of {self.compared:,} codes in {len(self.rows)} tensors differ between {sides};"
             f" outputs differ by at most {self.output_difference:g}"
-        ]
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as plain lists, numbers and strings, for JSON; an ``output_difference`` that is not finite is None."""
+        return {
+            "engine": self.engine,
+            "profile": {"name": self.exact.profile.name, "version": self.exact.profile.version},
+            "same": self.same,
+            "compared": self.compared,
+            "differing": self.differing,
+            "first": None if self.first is None else self.first.name,
+            "output_difference": self.output_difference if math.isfinite(self.output_difference) else None,
+            "tensors": [dataclasses.asdict(row) for row in self.rows],
+            "in_float": [
+                {"function": function, "module": module, "times": times}
+                for (function, module), times in self.exact.floats.items()
+            ],
+            "missing": list(self.missing),
+        }
+
+    def __str__(self) -> str:
+        lines = [self.summary]
         differing = [row for row in self.rows if row.differing]
         if differing:
             shown = [(r.name, f"{r.compared:,}", f"{r.differing:,}", str(r.largest)) for r in differing]
