@@ -21,20 +21,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 import eagerq
-from eagerq.demo import engine, layers, plots, report
+from eagerq.demo import engine, exactness, layers, plots, report
 from eagerq.demo.data import Digits, load
-from eagerq.demo.training import accuracy, fit, outputs, steps_per_epoch
+from eagerq.demo.training import accuracy, fit, network, outputs, steps_per_epoch
 from eagerq.errors import ExportError, SpecError
 
 _NETWORK = "timm resnet18, one block a stage and 48 to 384 channels"
 _RATE, _QAT_RATE = 0.05, 0.005
 _LAYER_IMAGES = 256
 _FLOAT_TARGET, _INT8_DROP = 0.97, 0.005
-
-
-def _network() -> nn.Module:
-    model: nn.Module = timm.create_model("resnet18", in_chans=1, num_classes=10, layers=(1, 1, 1, 1), channels=(48, 96, 192, 384))
-    return model
 
 
 @contextlib.contextmanager
@@ -75,7 +70,7 @@ def _run(folder: Path, seed: int, epochs: int, qat_epochs: int, images: int | No
     start = time.perf_counter()
     torch.manual_seed(seed)
     digits = load(seed, images)
-    model = _network()
+    model = network()
     with _progress(console) as bars:
         bar = bars.add_task("training in float", total=epochs * steps_per_epoch(digits))
         history = fit(model, digits, stage="float", epochs=epochs, rate=_RATE, seed=seed, on_step=lambda: bars.advance(bar))
@@ -109,7 +104,7 @@ def _run(folder: Path, seed: int, epochs: int, qat_epochs: int, images: int | No
     tuned = time.perf_counter()
 
     deployed = eagerq.convert(qat)
-    measured = _deploy(folder, model, qat, deployed, digits, console)
+    measured, verification = _deploy(folder, model, qat, deployed, digits, console)
     summary = eagerq.report(qat)
     figures: dict[str, Any] = {
         "seed": seed,
@@ -139,15 +134,16 @@ def _run(folder: Path, seed: int, epochs: int, qat_epochs: int, images: int | No
         "deploy_and_report": end - tuned,
         "total": end - start,
     }
-    (folder / "report.html").write_text(report.page(figures, _NETWORK, pictures, str(plan), str(summary)), encoding="utf-8")
+    texts = {"Exact mode and ONNX Runtime": verification, "Fusion plan": str(plan), "Quantized modules": str(summary)}
+    (folder / "report.html").write_text(report.page(figures, _NETWORK, pictures, texts), encoding="utf-8")
     (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return figures
 
 
 def _deploy(
     folder: Path, model: nn.Module, qat: nn.Module, deployed: nn.Module, digits: Digits, console: Console
-) -> dict[str, Any]:
-    """Write both ONNX files, run them, and compare."""
+) -> tuple[dict[str, Any], str]:
+    """Write both ONNX files, run them, and compare: figures, and the verification as text."""
     labels, example = digits.test_labels, digits.test_images[:2]
     paths = {"float": folder / "model.float.onnx", "int8": folder / "model.int8.onnx"}
     with _progress(console) as bars:
@@ -160,30 +156,38 @@ def _deploy(
         engines = {key: engine.session(path) for key, path in paths.items()}
         bar = bars.add_task("timing in ONNX Runtime", total=engine.WARM_UP + engine.ROUNDS)
         latency = engine.latencies(engines, digits.test_images[:1], lambda: bars.advance(bar))
-    of_qat, of_int8 = outputs(qat, digits.test_images), engine.scores(engines["int8"], digits.test_images)
+        of_int8 = engine.scores(engines["int8"], digits.test_images)
+        bar = bars.add_task("comparing every code", total=1)
+        exact, verification = exactness.measure(qat, paths["int8"], digits.test_images, labels, of_int8)
+        bars.advance(bar)
+    of_qat = outputs(qat, digits.test_images)
     accuracies = {
         "float": accuracy(outputs(model, digits.test_images), labels),
         "qat": accuracy(of_qat, labels),
         "int8": accuracy(of_int8, labels),
     }
     size = {key: path.stat().st_size for key, path in paths.items()}
-    return {
+    figures = {
         "accuracy": accuracies,
         "agreement": float((of_qat.argmax(1) == of_int8.argmax(1)).double().mean()),
         "targets": {
             "float_accuracy": accuracies["float"] >= _FLOAT_TARGET,
             "int8_accuracy": accuracies["int8"] >= accuracies["float"] - _INT8_DROP,
+            "exact": exactness.is_met(exact),
         },
+        "exactness": exact,
         "bytes": size,
         "size_ratio": size["float"] / size["int8"],
         "latency_ms": latency,
         "latency_ratio": latency["float"] / latency["int8"],
     }
+    return figures, verification
 
 
 def _pictures(
     figures: dict[str, Any], history: list[Any], weights: dict[str, layers.Range], activations: dict[str, layers.Range]
 ) -> list[report.Plot]:
+    fake = figures["exactness"]["fake_quant"]
     return [
         report.Plot(
             "Training curves",
@@ -196,6 +200,15 @@ def _pictures(
             "Power of each layer's output over the power of what quantization adds to it, on test images: the QAT network against"
             " itself with its fake quantizers off. The noise of all layers before is in it; 6 dB more is half the error.",
             plots.noise_by_layer(figures["noise_db"]),
+        ),
+        report.Plot(
+            "Codes that differ by tensor",
+            "Codes on all test images against those of the exact mode. Fake quantization sums in float: where a sum lies near"
+            " the edge between two codes it may take the other one, and every layer behind sees that. Here"
+            f" {fake['differing']:,} of {fake['compared']:,} codes differ, in {fake['images']} of {figures['images']['test']}"
+            f" images, and outputs by up to {fake['output_difference']:.2g}; ONNX Runtime's differ in"
+            f" {figures['exactness']['differing']:,}.",
+            plots.codes_apart(fake["tensors"], figures["exactness"]["tensors"]),
         ),
         report.Plot(
             "Weight ranges by layer",

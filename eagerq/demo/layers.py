@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import eagerq
 from eagerq.demo.training import outputs
 from eagerq.nn.qat.base import QATOp
+from eagerq.quant.codes import decode
 from eagerq.verify import compare_modules
 
 _SAMPLE = 1_000_000
@@ -37,12 +38,12 @@ def _range_of(values: Tensor, grid: tuple[float, float] | None = None) -> Range:
     return Range(flat.min().item(), flat.max().item(), at[0], at[1], *(grid or (None, None)))
 
 
-def _run_recording(model: nn.Module, images: Tensor, names: list[str]) -> dict[str, Tensor]:
-    """What each named module returns for ``images``."""
+def run_recording(model: nn.Module, images: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """What each named module returns for ``images``, as real values in the exact mode too."""
     seen: dict[str, Tensor] = {}
 
     def keep(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        seen[name] = output.detach().clone()  # what reads it may change it in place
+        seen[name] = decode(output).detach().clone()  # what reads it may change it in place
 
     modules = dict(model.named_modules())
     handles = [modules[name].register_forward_hook(functools.partial(keep, name)) for name in names]
@@ -71,21 +72,26 @@ def weight_ranges(qat: nn.Module) -> dict[str, Range]:
     return {name: _range_of(module.folded()[0]) for name, module in qat.named_modules() if isinstance(module, QATOp)}
 
 
+def quantizers_of(qat: nn.Module) -> dict[str, eagerq.FakeQuantize]:
+    """The quantizers of activations by full name, in the order they were registered."""
+    modules = qat.named_modules()
+    return {name: module for name, module in modules if isinstance(module, eagerq.FakeQuantize) and not module.memoryless}
+
+
 def activation_ranges(qat: nn.Module, images: Tensor) -> dict[str, Range]:
     """Of each quantized tensor before it is quantized, on ``images``, beside the grid it is quantized on."""
-    quantizers = {
-        name: module for name, module in qat.named_modules() if isinstance(module, eagerq.FakeQuantize) and not module.memoryless
-    }
+    quantizers = quantizers_of(qat)
     unquantized = copy.deepcopy(qat).apply(eagerq.disable_fake_quant)
-    seen = _run_recording(unquantized, images, list(quantizers))
+    seen = run_recording(unquantized, images, list(quantizers))
     ranges = {}
     for name, values in seen.items():
         spec, scale, zero = quantizers[name].spec, quantizers[name].scale.item(), quantizers[name].zero_point.item()
-        ranges[_tensor_name(name)] = _range_of(values, ((spec.quant_min - zero) * scale, (spec.quant_max - zero) * scale))
+        ranges[tensor_name(name)] = _range_of(values, ((spec.quant_min - zero) * scale, (spec.quant_max - zero) * scale))
     return ranges
 
 
-def _tensor_name(quantizer: str) -> str:
+def tensor_name(quantizer: str) -> str:
+    """A quantized tensor's name in the pictures."""
     if quantizer.startswith("input_fake_quant"):
         return "input"
     if quantizer.endswith(".input_fake_quant"):

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.style import context as style
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from eagerq.demo.layers import Range
+from eagerq.demo.layers import Range, tensor_name
 from eagerq.demo.training import Epoch
 
 _COLOURS = {"float": "#33608c", "qat": "#d97a1e", "int8": "#1f8f63"}
@@ -77,6 +77,37 @@ def noise_by_layer(noise: Mapping[str, float]) -> bytes:
     with _figure(9, 0.9 + 0.24 * len(noise)) as figure:
         _draw_noise(figure.subplots(), noise)
         return _png(figure)
+
+
+def codes_apart(fake: Sequence[Mapping[str, Any]], engine: Sequence[Mapping[str, Any]]) -> bytes:
+    """Codes in a million that differ from the exact mode's: a bar a tensor for fake quantization, a mark for the engine."""
+    with _figure(9, 1.3 + 0.24 * len(fake)) as figure:
+        axes = figure.subplots()
+        names = [row["name"] for row in fake]
+        shares, of_engine = ([1e6 * row["differing"] / row["compared"] for row in rows] for rows in (fake, engine))
+        axes.barh(range(len(fake)), shares, color=_COLOURS["qat"], height=0.68, label=f"QAT, fake quantization: {_total(fake)}")
+        for row, found in enumerate(fake):
+            text = f"{found['differing']:,} of {found['compared']:,}"
+            if found["differing"]:
+                text += f", up to {found['largest']} apart"
+            label = axes.annotate(text, (shares[row], row), (8, 0), textcoords="offset points", va="center", fontsize=7.5)
+            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+        places = [names.index(row["name"]) for row in engine]
+        (marks,) = axes.plot(of_engine, places, "D", color=_COLOURS["int8"], label=f"int8, ONNX Runtime: {_total(engine)}")
+        marks.set(markersize=5, clip_on=False, zorder=5)
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xlim(0, 50 * max(1.0, *shares, *of_engine))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.set_yticks(range(len(fake)), [tensor_name(name) for name in names])
+        axes.set_ylim(len(fake) - 0.4, -0.6)
+        axes.grid(visible=False, axis="y")
+        axes.set_title("Codes unlike those of the exact mode, per million")
+        axes.legend(loc="upper right")
+        return _png(figure)
+
+
+def _total(rows: Sequence[Mapping[str, Any]]) -> str:
+    return f"{sum(row['differing'] for row in rows):,} of {sum(row['compared'] for row in rows):,}"
 
 
 def ranges(values: Mapping[str, Range], title: str, colour: str) -> bytes:

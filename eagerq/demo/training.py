@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +23,12 @@ class Epoch:
     stage: str
     loss: float
     accuracy: float
+
+
+def network() -> nn.Module:
+    """timm's resnet18 for grey images, one block a stage and 48 to 384 channels, with random weights."""
+    model: nn.Module = timm.create_model("resnet18", in_chans=1, num_classes=10, layers=(1, 1, 1, 1), channels=(48, 96, 192, 384))
+    return model
 
 
 def steps_per_epoch(digits: Digits) -> int:
@@ -72,7 +79,12 @@ def _batches(n: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]
 def outputs(model: nn.Module, images: Tensor) -> Tensor:
     """The model's outputs in eval mode, ``(N, 10)``."""
     model.eval()
-    return torch.cat([model(part) for part in torch.split(images, _CHUNK)])
+    return torch.cat([model(part) for part in chunks(images)])
+
+
+def chunks(images: Tensor) -> tuple[Tensor, ...]:
+    """The images in batches that are evaluated at once."""
+    return torch.split(images, _CHUNK)
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:
