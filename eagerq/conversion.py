@@ -22,7 +22,7 @@ from eagerq.placement import Quantizable, Site, place, place_at_inputs
 from eagerq.quant.fake_quantize import FakeQuantize, disable_fake_quant
 from eagerq.quant.spec import QConfigMapping, Rule, selects
 from eagerq.record import Record, full_name, renamed_keys
-from eagerq.surgery import all_or_nothing, full_copy, meta_copy, names_of, replace_modules
+from eagerq.surgery import all_or_nothing, computed_tensor, full_copy, meta_copy, names_of, own_method, replace_modules
 from eagerq.trace import Trace
 
 #: Functions that would be quantized if a module held them; named in the report.
@@ -31,6 +31,8 @@ _HEAVY = frozenset(
     " imatmul bmm mm addmm baddbmm einsum scaled_dot_product_attention multi_head_attention_forward"
     " bilinear".split()
 )
+#: Names under which a module that stays float holds what quantizes its input and output.
+_QUANTIZERS = frozenset({"input_fake_quant", "activation_post_process"})
 
 
 class Conversion:
@@ -88,10 +90,13 @@ class Conversion:
 
     def _refusal(self, module: nn.Module) -> str | None:
         for part in module.modules():
-            if "weight" in vars(part) and "weight" not in part._parameters and "weight" not in part._buffers:
-                return "its weight is computed before each forward (weight_norm or spectral_norm); remove that first"
-            if "forward" in vars(part):
-                return "it has a forward of its own on the instance (a profiler's or wrapper's patch); remove that first"
+            computed, method = computed_tensor(part), own_method(part)
+            if computed is not None:
+                return f"its {computed} is computed before each forward (weight_norm, spectral_norm, pruning); remove that first"
+            if method is not None:
+                return f"it has a {method} of its own on the instance (a profiler's or wrapper's patch); remove that first"
+            if any(tensor.is_complex() for tensor in part._parameters.values() if tensor is not None):
+                return "its parameters are complex, and integers stand for real numbers only"
         if getattr(module, "max_norm", None) is not None:
             return "max_norm rewrites its weight in each forward"
         return None
@@ -132,7 +137,9 @@ class Conversion:
             if not bypassed:
                 break
             for name in bypassed:
-                self.why_float[name] = "the model calls it past its name (from a list, by a bound method), out of reach"
+                self.why_float[name] = (
+                    "the model calls it past its name (a bound method or function keeps it), out of reach; call it by its name"
+                )
                 del self.quantizable[name]
         if reason is not None:
             self.placement = place_at_inputs(self.quantizable)
@@ -262,7 +269,7 @@ class Conversion:
                 own = [key for key, p in module._parameters.items() if p is not None]
                 if own or module._buffers:
                     reason = f"no QAT form is known for {type_name(type(module))}"
-                    if own and module._modules:  # a whole block, or the model: what of it is meant
+                    if own and module._modules.keys() - _QUANTIZERS:  # a whole block, or the model: what of it is meant
                         reason += f" and its own parameters: {', '.join(own)}"
                     rows.append((name, type(module).__name__, "float", reason))
         rows += [(where, "function", "float", f"called {n} times; no module holds it") for where, n in self.functions.items()]

@@ -16,8 +16,8 @@ from eagerq.nn.modules.batchnorm import NORMS_1D, NORMS_2D, NORMS_3D, is_foldabl
 from eagerq.nn.modules.hooks import POST_HOOKS, PRE_HOOKS
 from eagerq.nn.qat.base import QATBase
 from eagerq.patterns import Patterns
-from eagerq.surgery import names_of
-from eagerq.trace import Trace
+from eagerq.surgery import computed_tensor, names_of, own_method
+from eagerq.trace import Trace, upwards
 
 NORMS = frozenset((*NORMS_1D, *NORMS_2D, *NORMS_3D))
 PARAMETRIZED = "carries a parametrization, which fusion would lose; remove it first (parametrize.remove_parametrizations)"
@@ -43,7 +43,7 @@ class Evidence:
         self.in_sequential = {
             f"{name}.{child}" if name else child
             for name, m in self.modules.items()
-            if type(m) is nn.Sequential
+            if all(type(self.modules[outer]) is nn.Sequential for outer in ("", *upwards(name)))  # else a parent may read between
             for child in m._modules
         }
         self.traces: tuple[Trace, ...] = ()
@@ -55,7 +55,9 @@ class Evidence:
             self.positions = watched.positions
             self.notes += watched.notes
         else:
-            self.notes.append("no example inputs: only chains inside an nn.Sequential are fused; pass example_inputs for others")
+            self.notes.append(
+                "no example inputs: only chains of a model that is all nn.Sequential are fused; pass example_inputs for others"
+            )
 
     # --- facts about single modules
 
@@ -94,14 +96,22 @@ class Evidence:
         idempotent = all(t in IDEMPOTENT for t in self.types[name]) and not first
         if type(module).__module__ == "torch.nn.utils.parametrize" or getattr(module, "parametrizations", None):
             return f"{name} {PARAMETRIZED}"
-        if "weight" in vars(module) and "weight" not in module._parameters:
+        computed, method = computed_tensor(module), own_method(module)
+        if computed is not None:
             return (
-                f"{name}.weight is computed before each forward (weight_norm, spectral_norm), which fusion would lose; remove it"
+                f"{name}.{computed} is computed before each forward (weight_norm, spectral_norm, pruning), which fusion would"
+                " lose; remove it"
             )
         if first and self.leaves_rest(name):
             return f"{name} does more after its norm, which would be lost"
-        if "forward" in vars(module):
-            return f"{name} has a forward of its own on the instance (a profiler's or wrapper's patch); remove it first"
+        if method is not None:
+            return f"{name} has a {method} of its own on the instance (a profiler's or wrapper's patch); remove it first"
+        elsewhere = {module for trace in self.traces for module in trace.elsewhere}
+        if elsewhere:
+            return (
+                f"the forward runs {min(elsewhere)!r} in a thread of its own, where it is not seen who reads what;"
+                " plan with the work done in one thread"
+            )
         if len(shared) > 1 and not idempotent:
             return f"{name} is shared under several names: {', '.join(shared)}"
         if self.traces:
@@ -121,6 +131,14 @@ class Evidence:
             groups = (() if first else PRE_HOOKS) + (() if last else POST_HOOKS)
         if any(getattr(module, group) for group in groups):
             return f"{name} carries hooks, which fusion would lose; remove them, or register them after fusing"
+        return None
+
+    def hooks_around(self, name: str, following: str) -> str | None:
+        """Why a module around one of these two and not the other keeps them apart: its hooks would see other gradients."""
+        for outer in sorted(({*upwards(name)} ^ {*upwards(following)}) - {name, following}):
+            module = self.modules[outer]
+            if module._backward_hooks or module._backward_pre_hooks:
+                return f"{outer} around one of them carries hooks on its gradients, which would see others; remove them"
         return None
 
     def _may_be_copied(self, name: str) -> bool:
@@ -197,12 +215,12 @@ class Evidence:
             before, after = trace.contexts[name], trace.contexts[following]
             written_to = any(v in trace.rewritten for call in trace.calls_of(following) for v in call.outputs)
             if not normalises and not written_to:  # else outside of a checkpoint autograd would keep what is then changed
-                before, after = ({(gradients, 0) for gradients, _ in contexts} for contexts in (before, after))
+                before, after = ({(grad, 0, cast) for grad, _, cast in contexts} for contexts in (before, after))
             if not before <= after:
                 break
         else:
             return None
-        return f"{name} and {following} run under different gradient modes or activation checkpoints"
+        return f"{name} and {following} run under different gradient modes, activation checkpoints or autocasts"
 
     def channels(self, chain: Sequence[str]) -> str | None:
         """Why op and norm of this chain do not fit each other, or None."""

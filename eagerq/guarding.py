@@ -34,7 +34,8 @@ def guard(model: nn.Module) -> Iterator[None]:
 
     Outside the context nothing is hooked and nothing is asked. Within it modules run with hooks under a
     ``TorchFunctionMode`` and a ``TorchDispatchMode``, of the thread that entered; what ``torch.compile`` made of the
-    model is not checked, and recomputation in a backward is not checked again.
+    model is not checked (compiled with ``fullgraph=True`` it does not run there), and recomputation in a backward is not
+    checked again.
 
     With the environment variable ``EAGERQ_GUARD=1`` at the time of ``fuse_modules``, the fused
     model, and what is converted from it, guards every forward by itself.
@@ -93,7 +94,8 @@ class _LeftOver:
 
 
 @contextlib.contextmanager
-def _entered(model: nn.Module) -> Iterator[ChainWatch]:
+def _entered(model: nn.Module, *, by_itself: bool = False) -> Iterator[ChainWatch]:
+    """A guard; one that the model opens ``by_itself`` puts no hooks on it, whose own are being run when it closes."""
     if not any(True for _ in records_in(model)):
         raise StateError(
             f"wanted a fused model, found a {type(model).__name__} without a record of fuse_modules; fuse it first,"
@@ -115,8 +117,9 @@ def _entered(model: nn.Module) -> Iterator[ChainWatch]:
         for module in guarding.stages:
             before(module, guarding.reached, with_kwargs=True)
             after(module, guarding.left, always_call=True)
-        before(model, guarding.begin)
-        after(model, guarding.end, always_call=True)
+        if not by_itself:
+            before(model, guarding.begin)
+            after(model, guarding.end, always_call=True)
         functions = FunctionsSeen(guarding)
         stack.enter_context(OperatorsSeen(functions))
         stack.enter_context(functions)
@@ -155,7 +158,7 @@ def _open(module: nn.Module, args: Any) -> None:
     if _HERE.open and _HERE.open[-1][0] is module:  # left open by an interrupt
         _HERE.open.pop()[1].close()
     stack = ExitStack()
-    guarding = stack.enter_context(_entered(module))
+    guarding = stack.enter_context(_entered(module, by_itself=True))
     _HERE.open.append((module, stack, guarding))
     guarding.depth = 1
 

@@ -12,11 +12,12 @@ from eagerq.errors import PatternError
 from eagerq.evidence import NORMS, PARAMETRIZED, Evidence
 from eagerq.inputs import Inputs
 from eagerq.nn.intrinsic.fused import Fused, type_name
+from eagerq.nn.modules.batchnorm import HoldsNorm
 from eagerq.nn.qat.base import QATBase
 from eagerq.patterns import Patterns, chain_name
 from eagerq.plan import FusionPlan, Match, Skip
 from eagerq.surgery import full_copy, meta_copy
-from eagerq.trial import beside, broken
+from eagerq.trial import beside, broken, other_modes, returned
 
 
 class Planner(Evidence):
@@ -98,6 +99,7 @@ class Planner(Evidence):
                 or self.lost_hooks(names[-1], first=len(names) == 1, last=False)
                 or self.lost_hooks(following, first=False, last=True)
                 or self.other_context(names[-1], following)
+                or self.hooks_around(names[-1], following)
             )
             if reason is not None:
                 break
@@ -149,6 +151,8 @@ class Planner(Evidence):
                     reason = why or f"the output of {name} goes to {following}"
                 else:
                     reason = self.apart(names[0], following) or self.other_context(name, following)
+            if reason is None and not last:
+                reason = self.hooks_around(name, names[i + 1])
             if reason is None and last:
                 reason = self.channels(names)
             if reason is not None:
@@ -182,7 +186,7 @@ class Planner(Evidence):
 
     def _trial(self, matches: Sequence[Match]) -> tuple[dict[Match, str], str | None]:
         """Fuse a copy and watch it run: the chains that broke, each with its reason, or a reason that names none."""
-        copied = meta_copy(self.model) if self.on_meta else full_copy(self.model)
+        copied = self._copy()
         modes = list(dict.fromkeys(trace.training for trace in self.traces))
         try:
             copied = FusionPlan(tuple(matches), patterns=self.patterns).apply(copied)
@@ -193,24 +197,34 @@ class Planner(Evidence):
             return {}, "; ".join(map(str, failures.values()))
         bad: dict[Match, str] = {}
         absorbed = {name for match in matches for name in match.names}
+        widths = {match: [len(self.types[name]) for name in match.names] for match in matches}
         pairs = list(zip(self.traces, traces, strict=True))
+        if any(type(m).train not in (nn.Module.train, HoldsNorm.train) or "train" in vars(m) for m in self.names):
+            model = self._copy()
+            bad = {m: why for m in matches if (why := other_modes(m, widths[m], model, copied))}
         for before, after in pairs:
             for match in matches:
-                reason = broken(match, before, after)
+                reason = broken(match, before, after, widths[match])
                 if reason is not None:
-                    bad[match] = reason
-        if all(beside(before, absorbed) == beside(after, absorbed) for before, after in pairs):
+                    bad.setdefault(match, reason)
+        chain_of = {name: match.names[0] for match in matches for name in match.names if name not in match.copied}
+        if any(beside(before, absorbed) != beside(after, absorbed) for before, after in pairs):
+            reason = "other modules and functions run than before, or with other arguments"
+        elif any(returned(before, chain_of) != returned(after, chain_of) for before, after in pairs):
+            reason = "it returns other things than before; does it ask modules for their type?"
+        else:
             return bad, None
-        if self._watch_again():
-            return self._trial(matches)
-        return bad, "other modules and functions run than before"
+        return self._trial(matches) if self._watch_again() else (bad, reason)
+
+    def _copy(self) -> nn.Module:
+        return meta_copy(self.model) if self.on_meta else full_copy(self.model)
 
     def _watch_again(self) -> bool:
         """Once: take the traces anew, since a first forward may fill a cache that all copies share (a memoised function)."""
         if self.watched_again:
             return False
         self.watched_again = True
-        copied = meta_copy(self.model) if self.on_meta else full_copy(self.model)
+        copied = self._copy()
         modes = list(dict.fromkeys(trace.training for trace in self.traces))
         traces, failures = watch_copy(copied, self.runs or (), self._is_leaf, modes, on_meta=self.on_meta)
         if failures:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import random
 import sys
+import threading
 import types
 import weakref
 from collections.abc import Callable, Mapping
@@ -25,10 +26,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from eagerq.errors import ModelError
 from eagerq.surgery import names_of
-from eagerq.trace import Call, Exit, Trace, tensors_in
+from eagerq.trace import Call, Context, Exit, Trace, outline, plain_in, settings_of, tensors_in
 
 #: Properties of a tensor that give values; every other property is a fact about it.
-_VALUE_PROPERTIES = frozenset({"data", "T", "mT", "H", "mH", "real", "imag", "grad", "_base"})
+_VALUE_PROPERTIES = frozenset({"data", "T", "mT", "H", "mH", "real", "imag", "grad", "_base", "__cuda_array_interface__"})
+#: Properties that give a tensor other values when they are set.
+_VALUES_SET = frozenset({"data", "real", "imag"})
 #: Functions that read facts about a tensor, not its values.
 _FACTS = frozenset(
     "size dim ndimension stride numel nelement is_contiguous is_floating_point is_complex is_signed"
@@ -104,10 +107,14 @@ class _Recorder:
         self.leaf_outputs: tuple[int, ...] = ()  # and gave, where it has hooks
         self.regions: list[Any] = []  # hooks on saved tensors that leaves ran under
         self.inside = 0  # within a leaf or a function: what runs there is its own business
+        self.thread = threading.get_ident()
+        self.autocast = _autocast()
 
-    def record(self, name: str, is_module: bool, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> None:
+    def record(
+        self, name: str, is_module: bool, inputs: tuple[int, ...], outputs: tuple[int, ...], constants: tuple[str, ...] = ()
+    ) -> None:
         trace = self.trace
-        call = Call(len(trace.calls), name, is_module, inputs, outputs, self.stack[-1] if self.stack else "")
+        call = Call(len(trace.calls), name, is_module, inputs, outputs, self.stack[-1] if self.stack else "", constants)
         trace.calls.append(call)
         for value in inputs:
             trace.readers[value].append(call)
@@ -131,18 +138,32 @@ class _Recorder:
         self.inside -= 1
         return tuple(map(self.values.number, found))
 
-    def context(self) -> tuple[bool, int]:
-        """Whether gradients are recorded here, and the number of the hooks on saved tensors (a checkpoint's), or 0."""
+    def context(self) -> Context:
+        """Whether gradients are recorded here, the number of the hooks on saved tensors (a checkpoint's) or 0, and autocast."""
+        autocast = _autocast()
+        self.trace.autocasts |= autocast[1:] != self.autocast[1:] and len(autocast) > 1
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         if not hooks:
-            return torch.is_grad_enabled(), 0
+            return torch.is_grad_enabled(), 0, autocast
         if not any(hooks[0] is region for region in self.regions):
             self.regions.append(hooks[0])  # alive, so that no later one has its address
-        return torch.is_grad_enabled(), 1 + next(i for i, region in enumerate(self.regions) if region is hooks[0])
+        region = 1 + next(i for i, region in enumerate(self.regions) if region is hooks[0])
+        return torch.is_grad_enabled(), region, autocast
+
+    def is_elsewhere(self, module: nn.Module) -> bool:
+        """Whether this call is in another thread, where modes do not see functions; if so, it is noted."""
+        here = threading.get_ident() == self.thread
+        if not here:
+            self.trace.elsewhere.add(self.names.get(module, ""))
+        return not here
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.is_elsewhere(module):
+            return
         name = self.names[module]
         self.trace.counts[name] += 1
+        if self.inside or module in self.leaves:
+            self.trace.settings[name].append(settings_of(module))
         if self.inside:
             return
         if module in self.leaves:
@@ -166,6 +187,8 @@ class _Recorder:
             self.leaf_outputs = self.numbers(output)
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self.is_elsewhere(module):
+            return
         name = self.names[module]
         if output is None and self.inside:  # it raised, and the model may go another way: it has read, and did not run
             self.trace.counts[name] -= 1
@@ -202,8 +225,16 @@ class _Recorder:
             self.inside -= 1
         outputs = self.numbers(result)
         if not (name in MAYBE_NOTHING and outputs and outputs == inputs[: len(outputs)]):
-            self.record(name.strip("_"), False, inputs, outputs)
+            self.record(name.strip("_"), False, inputs, outputs, tuple(plain_in((args, kwargs))))
         return result
+
+
+def _autocast() -> tuple[Any, ...]:
+    """How many autocasts are open here, and for each kind of device that casts the type it casts to."""
+    depth = torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+    on = (kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.is_autocast_enabled(kind))
+    return depth, *((kind, torch.get_autocast_dtype(kind)) for kind in on)
 
 
 def _batch_norm(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -239,7 +270,10 @@ def reading_function(func: Any) -> str | None:
     if name == "__get__":
         name = getattr(getattr(func, "__self__", None), "__name__", "")
         return name if name in _VALUE_PROPERTIES else None
-    return None if name in _FACTS or name == "__set__" else name
+    if name == "__set__":
+        name = getattr(getattr(func, "__self__", None), "__name__", "")
+        return name if name in _VALUES_SET else None
+    return None if name in _FACTS else name
 
 
 class _Functions(TorchFunctionMode):
@@ -325,6 +359,7 @@ def record_forward(
     trace.shapes = recorder.values.shapes
     trace.rewritten = recorder.values.rewritten()
     trace.outputs = frozenset(recorder.values.number(t) for t in tensors_in(output, deep=True))
+    trace.returned = tuple(outline(output, recorder.values.number))
     for name, parameter in model.named_parameters(remove_duplicate=False):
         readers = trace.readers.get(recorder.values.number(parameter), [])
         if readers:

@@ -25,17 +25,36 @@ def names_of(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
 def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """Replace modules (keys) by others (values) under every parent and name, all at once.
 
-    Returns ``model``, or its replacement if it is itself a key. New modules are not searched, so a
-    key may live on inside its replacement.
+    Plain lists, tuples and dicts among a parent's attributes that hold one are built anew. Returns ``model``, or its
+    replacement if it is itself a key. New modules are not searched, so a key may live on inside its replacement.
     """
-    slots: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
+    slots: list[tuple[dict[str, Any], str, Any]] = []
+    rebuilt: dict[int, Any] = {}
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is not None and child in new:
                 slots.append((parent._modules, name, new[child]))
-    for children, name, module in slots:
-        children[name] = module
+        for name, value in vars(parent).items():
+            if type(value) in (list, tuple, dict) and name not in BOOKKEEPING:
+                slots.append((vars(parent), name, _with_replaced(value, new, rebuilt)))
+    for place, name, found in slots:
+        place[name] = found
     return new.get(model, model)
+
+
+def _with_replaced(value: Any, new: Mapping[nn.Module, nn.Module], rebuilt: dict[int, Any]) -> Any:
+    """A container with the modules in it replaced: itself where none is, and one result for one object."""
+    if isinstance(value, nn.Module):
+        return new.get(value, value)
+    if type(value) not in (list, tuple, dict):
+        return value
+    if id(value) not in rebuilt:
+        rebuilt[id(value)] = value  # for what holds itself
+        keys, items = (list(value), list(value.values())) if type(value) is dict else (None, list(value))
+        found = [_with_replaced(item, new, rebuilt) for item in items]
+        if any(a is not b for a, b in zip(found, items, strict=True)):
+            rebuilt[id(value)] = type(value)(found if keys is None else zip(keys, found, strict=True))
+    return rebuilt[id(value)]
 
 
 #: Attributes every module has; those that are dicts or sets are changed in place.
@@ -63,6 +82,16 @@ def all_or_nothing(*models: nn.Module) -> Iterator[None]:
                 container.clear()
                 container.update(contents)
         raise
+
+
+def own_method(module: nn.Module) -> str | None:
+    """The name of a method that this very module has in place of its class's, or None."""
+    return next((k for k, v in vars(module).items() if callable(v) and callable(getattr(type(module), k, None))), None)
+
+
+def computed_tensor(module: nn.Module) -> str | None:
+    """``"weight"`` or ``"bias"`` if that is no parameter but set anew before each forward, or None."""
+    return next((k for k in ("weight", "bias") if k in vars(module)), None)
 
 
 def state_tensors(model: nn.Module) -> Iterator[Tensor]:

@@ -353,16 +353,16 @@ class Spread(nn.Module):
 
 
 class PythonList(nn.Module):
-    """Calls its convs through a plain list, which module surgery does not reach."""
+    """Calls its convs through plain lists."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.bn = conv(), bn()
         self.later, self.relu = conv(), nn.ReLU()
-        self.order = [self.conv]
+        self.order = {"first": (None, [self.conv])}
 
     def forward(self, x: Tensor) -> Tensor:
-        for member in self.order:
+        for member in self.order["first"][1]:
             x = member(x)
         return self.relu(self.later(self.bn(x)))
 
@@ -390,6 +390,17 @@ class BoundCall(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.relu(self.later(self.normalise(self.conv(x))))
+
+
+class BoundConv(BoundCall):
+    """Calls its conv so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolve = self.conv.__call__
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.later(self.bn(self.convolve(x))))
 
 
 class ReadsNorm(nn.Module):
@@ -759,6 +770,7 @@ NETS: tuple[Net, ...] = (
         "autocast",
         lambda: Made(lambda m, x: _autocast(m, x), conv=conv(), bn=bn(), relu=nn.ReLU()),
         ("conv bn relu -> ConvBnReLU2d",),
+        on_meta=False,  # where nothing is cast
     ),
     Net(
         "views_around",
@@ -1009,7 +1021,8 @@ NETS: tuple[Net, ...] = (
     Net("dropout_between", lambda: Made(lambda m, x: m.bn(m.drop(m.conv(x))), conv=conv(), drop=nn.Dropout(), bn=bn()), (), {}),
     # what only the trial shows
     Net("reads_norm", ReadsNorm, ("conv2 bn2 -> ConvBn2d",), {"conv bn relu": "'Identity' object has no attribute 'weight'"}),
-    Net("python_list", PythonList, ("later relu -> ConvReLU2d",), {"conv bn": "conv ran 1 times and runs 0 times once fused"}),
+    Net("python_list", PythonList, ("conv bn -> ConvBn2d", "later relu -> ConvReLU2d")),
+    Net("bound_conv", BoundConv, ("later relu -> ConvReLU2d",), {"conv bn": "conv ran 1 times and runs 0 times once fused"}),
     Net("bound_method", BoundMethod, (), {"conv bn": "read by function batch_norm"}),
     Net("bound_call", BoundCall, ("later relu -> ConvReLU2d",), {"conv bn": "does not arrive where bn was"}),
 )

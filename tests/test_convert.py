@@ -541,12 +541,26 @@ def test_what_stays_float_has_a_reason() -> None:
 
 
 def test_modules_called_past_their_name_stay_float() -> None:
-    net = BY_NAME["python_list"]
+    net = BY_NAME["bound_conv"]
     qat = qat_of(net.model(), net.inputs())
     assert "past its name" in dict(eagerq.report(qat).left_float)["conv"]
     assert type(qat.later) is nniqat.ConvReLU2d
     assert isinstance(qat.conv, nn.Conv2d)
-    assert qat.order[0] is qat.conv
+    assert qat.convolve.__self__ is qat.conv
+
+
+def test_modules_called_from_a_list_are_replaced_there() -> None:
+    net = BY_NAME["python_list"]
+    model = net.model()
+    qat = qat_of(model, net.inputs())
+    assert qat.order["first"][1][0] is qat.conv
+    assert type(qat.conv) is nniqat.ConvBn2d
+    qat(*net.inputs())
+    deployed = eagerq.convert(qat)
+    assert deployed.order["first"][1][0] is deployed.conv
+    back = eagerq.unfuse_modules(eagerq.fuse_modules(model, example_inputs=net.inputs()))
+    assert back.order["first"][1][0] is back.conv
+    assert model.order["first"][1][0] is model.conv
 
 
 def test_old_weight_norm_stays_float() -> None:
