@@ -18,8 +18,11 @@ from eagerq.quant import (
     QuantSpec,
     disable_fake_quant,
     disable_observer,
+    disable_observer_sync,
     enable_fake_quant,
     enable_observer,
+    enable_observer_sync,
+    sync_observers,
 )
 from eagerq.record import float_state_dict
 from eagerq.unfusing import unfuse_modules
@@ -51,8 +54,10 @@ __all__ = [
     "convert_qat",
     "disable_fake_quant",
     "disable_observer",
+    "disable_observer_sync",
     "enable_fake_quant",
     "enable_observer",
+    "enable_observer_sync",
     "errors",
     "exact_mode",
     "export_onnx",
@@ -63,6 +68,7 @@ __all__ = [
     "load_checkpoint",
     "plan_fusion",
     "report",
+    "sync_observers",
     "unfuse_modules",
     "update_bn_stats",
     "verify_deployment",

@@ -21,6 +21,7 @@ _FLOAT_IN_AO = {"FloatFunctional"}
 _FOREIGN = {
     "ScriptModule": "a scripted module has no Python forward to swap modules in",
     "GraphModule": "a graph module is what another quantizer or tracer left; pass the eager model it came from",
+    "FSDPModule": "convert before fully_shard; to deploy, load its full state_dict into the same QAT model without sharding",
 }
 
 

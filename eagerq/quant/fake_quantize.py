@@ -77,10 +77,17 @@ class FakeQuantize(QuantState):
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         """Update the range, scale and zero point from ``x``; an empty tensor teaches nothing."""
-        if not x.numel():
-            return
         observer = self.activation_post_process
+        if not x.numel() and observer.others() is None:
+            return
         observer(x.detach())
+        self.take_range()
+        self.observed = self.observed or bool(x.numel())
+
+    @torch.no_grad()
+    def take_range(self) -> None:
+        """Set scale and zero point to those of the observer's range."""
+        observer = self.activation_post_process
         scale, zero_point = quantization_params(self.spec, observer.min_val, observer.max_val)
         if not self.memoryless:  # without a range the scale stays as it was; a weight of zeros has the least scale
             known = (observer.min_val != 0) | (observer.max_val != 0)
@@ -88,7 +95,6 @@ class FakeQuantize(QuantState):
             zero_point = torch.where(known, zero_point, self.zero_point.reshape(scale.shape))
         self.scale.copy_(scale.reshape(self.scale.shape))
         self.zero_point.copy_(zero_point.reshape(self.zero_point.shape))
-        self.observed = True
 
     def has_range(self) -> bool:
         """Whether the buffers hold an observed range; reads them, so it waits for the device."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eagerq.quant.functional import dequantize, quantization_params, quantize
+from eagerq.quant.ranks import Ranks, hull, mean
 from eagerq.quant.spec import QuantSpec
 
 _MSE_CANDIDATES = 40
@@ -40,7 +41,18 @@ class QuantState(nn.Module):
 
 
 class Observer(QuantState):
-    """Keeps ``min_val`` and ``max_val``, the range of what it saw, in real values.
+    r"""Keeps ``min_val`` and ``max_val``, the range of what it saw, in real values.
+
+    Once ``enable_observer_sync`` has set ``ranks``, a batch is that of all ranks of ``torch.distributed``. With the
+    rank :math:`r` holding the :math:`n_r` values :math:`x_r`, and its own range :math:`l_r, h_r`, the batch's range is
+
+    - ``"min_max"``, ``"moving_average"``: :math:`\min_r \min x_r,\; \max_r \max x_r`, the range of the union to the last bit;
+    - ``"mse"``: of the shrunken ranges of the union that with the least :math:`\sum_r \mathrm{error}(x_r)`, which is the union's
+      but for the rounding of that sum;
+    - ``"percentile"``: :math:`\sum_r n_r l_r / \sum_r n_r,\; \sum_r n_r h_r / \sum_r n_r`. This is not the union's
+      percentile, which would need all values in one place; both lie between the ranks' percentiles.
+
+    A range that is not finite on one rank leaves the batch out on all, and a rank without values counts for nothing.
 
     Args:
         spec: names the method (``spec.observer``) and the grid it is for.
@@ -53,6 +65,9 @@ class Observer(QuantState):
             that an averaged copy of a model (EMA) averages them. Batches whose range is not finite are left
             out, so one overflow in mixed precision does no harm.
     """
+
+    #: Set by ``enable_observer_sync``: the processes whose batches count as one.
+    ranks: Ranks | None = None
 
     min_val: Tensor
     max_val: Tensor
@@ -69,16 +84,30 @@ class Observer(QuantState):
         self.register_buffer("min_val", torch.zeros(shape, device=device))
         self.register_buffer("max_val", torch.zeros(shape, device=device))
 
-    def batch_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Lowest and highest value to represent of ``x``, by the spec's method; ``()`` or ``(channels,)``."""
+    def others(self) -> Ranks | None:
+        """The ranks to agree with in each batch; None if alone or not asked to."""
+        return self.ranks if self.ranks is not None and self.ranks.are_several() else None
+
+    def batch_range(self, x: Tensor, ranks: Ranks | None = None) -> tuple[Tensor, Tensor]:
+        """Lowest and highest value to represent of ``x``, by the spec's method; ``()`` or ``(channels,)``.
+
+        With ``ranks`` it is a collective, and ``x`` may be empty.
+        """
         rows = x.detach().reshape(1, -1) if self.channels is None else x.detach().transpose(0, self.axis).flatten(1)
         rows = rows.to(self.min_val.dtype)
-        if self.spec.observer == "percentile":
+        if not rows.shape[1]:
+            low, high = rows.new_full((rows.shape[0],), math.inf), rows.new_full((rows.shape[0],), -math.inf)
+        elif self.spec.observer == "percentile":
             low, high = _percentile(rows, self.spec.percentile)
         else:
             low, high = rows.aminmax(dim=1)
-            if self.spec.observer == "mse":
-                low, high = _least_squares(rows, low, high, self.spec)
+        if ranks is not None:
+            if self.spec.observer == "percentile":
+                low, high = mean(low, high, torch.full_like(low, rows.shape[1]), ranks)
+            else:
+                low, high = hull(low, high, ranks)
+        if self.spec.observer == "mse":
+            low, high = _least_squares(rows, low, high, self.spec, ranks)
         return low.reshape(self.min_val.shape), high.reshape(self.max_val.shape)
 
     def merged(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,8 +128,9 @@ class Observer(QuantState):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """Observe ``x`` (any shape) and return it. An empty tensor teaches nothing."""
-        if x.numel():
-            low, high = self.merged(*self.batch_range(x))
+        ranks = self.others()
+        if x.numel() or ranks is not None:
+            low, high = self.merged(*self.batch_range(x, ranks))
             self.min_val.copy_(low)
             self.max_val.copy_(high)
         return x
@@ -125,16 +155,20 @@ def _percentile(rows: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
     return rows.kthvalue(n - k + 1, dim=1).values, rows.kthvalue(k, dim=1).values
 
 
-def _least_squares(rows: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Per row, the shrunken range that quantizes it with the least squared error (grid search)."""
-    best_low, best_high = low, high
-    best = torch.full_like(low, math.inf)
-    for i in range(_MSE_CANDIDATES):
-        share = 1.0 - 0.8 * i / _MSE_CANDIDATES
+def _least_squares(rows: Tensor, low: Tensor, high: Tensor, spec: QuantSpec, ranks: Ranks | None = None) -> tuple[Tensor, Tensor]:
+    """Per row, the shrunken range that quantizes it with the least squared error (grid search), over all ranks' rows."""
+    shares = [1.0 - 0.8 * i / _MSE_CANDIDATES for i in range(_MSE_CANDIDATES)]
+    errors = []
+    for share in shares:
         scale, zero_point = quantization_params(spec, low * share, high * share)
         scale, zero_point = scale.unsqueeze(1), zero_point.unsqueeze(1)
         q = quantize(rows, scale, zero_point, spec.quant_min, spec.quant_max)
-        error = (dequantize(q, scale, zero_point) - rows).square().sum(1)
+        errors.append((dequantize(q, scale, zero_point) - rows).square().sum(1))
+    if ranks is not None:
+        errors = list(ranks.total(torch.stack(errors)))
+    best_low, best_high = low, high
+    best = torch.full_like(low, math.inf)
+    for share, error in zip(shares, errors, strict=True):
         better = error < best
         best = torch.where(better, error, best)
         best_low = torch.where(better, low * share, best_low)
