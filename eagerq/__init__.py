@@ -2,7 +2,7 @@
 
 from eagerq import errors
 from eagerq.checkpoint import load_checkpoint
-from eagerq.deploy import Verification, export_onnx, verify_deployment
+from eagerq.deploy import Export, Kernel, Verification, export_onnx, verify_deployment
 from eagerq.errors import EagerqError, GuardError
 from eagerq.exactness import ExactRun, exact_mode
 from eagerq.guarding import guard
@@ -38,9 +38,11 @@ __all__ = [
     "EagerqError",
     "EngineProfile",
     "ExactRun",
+    "Export",
     "FakeQuantize",
     "FusionPlan",
     "GuardError",
+    "Kernel",
     "Match",
     "Patterns",
     "QConfig",

@@ -166,7 +166,7 @@ def test_the_file_says_who_wrote_it_and_not_where(tmp_path: Path) -> None:
     path = eagerq.export_onnx(eagerq.convert(qat_of(Added(), x)), tmp_path / "model.onnx", x)
     proto = onnx.load(path)
     assert (proto.producer_name, proto.producer_version) == ("eagerq", eagerq.__version__)
-    assert b"site-packages" not in path.read_bytes()
+    assert b"site-packages" not in path.path.read_bytes()
     assert {node.output[0] for node in proto.graph.node if node.op_type == "QuantizeLinear"} >= {
         "one.activation_post_process.codes",
         "two.activation_post_process.codes",

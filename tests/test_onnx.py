@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def trained(model: nn.Module, x: torch.Tensor, qconfig: object = None) -> nn.Mod
     return eagerq.convert(qat)
 
 
-def session(path: Path, optimized: Path | None = None) -> onnxruntime.InferenceSession:
+def session(path: Path | eagerq.Export, optimized: Path | None = None) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
@@ -35,10 +36,10 @@ def session(path: Path, optimized: Path | None = None) -> onnxruntime.InferenceS
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
 
 
-def run(path: Path, x: torch.Tensor) -> np.ndarray:
+def run(path: Path | eagerq.Export, x: torch.Tensor) -> np.ndarray:
     engine = session(path)
     return engine.run(None, {engine.get_inputs()[0].name: x.numpy()})[0]
 
@@ -162,3 +163,55 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         eagerq.export_onnx(deployed, target, x)
     assert target.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+# --- which kernels the engine runs ------------------------------------------------------------------
+
+
+class Stands(nn.Module):
+    """A norm that stands alone between two convolutions, and a softmax behind them."""
+
+    def __init__(self, softmax: bool) -> None:
+        super().__init__()
+        self.one, self.bn, self.act, self.two = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)
+        self.softmax = softmax
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        one = self.one(x)
+        two = self.two(self.act(self.bn(one)) + one)
+        return two.softmax(1) if self.softmax else two
+
+
+def test_the_export_says_which_operations_are_integer_kernels(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 16, 16)
+    model = timm.create_model("resnet10t", num_classes=10)
+    export = eagerq.export_onnx(trained(model, x), tmp_path / "model.onnx", x, strict=True)
+    assert export.path == tmp_path / "model.onnx"
+    assert export.floats == ()
+    assert export.engine == f"ONNX Runtime {onnxruntime.__version__}"
+    convs = {kernel.module for kernel in export.kernels if kernel.op == "QLinearConv"}
+    assert convs == {name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    assert f"{len(export.kernels)} of {len(export.kernels)} operations are integer kernels" in str(export)
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_what_stays_float_is_listed_with_its_module_and_reason(tmp_path: Path, softmax: bool) -> None:
+    x = torch.randn(4, 3, 16, 16)
+    export = eagerq.export_onnx(trained(Stands(softmax), x), tmp_path / "model.onnx", x)
+    floats = {kernel.op: kernel for kernel in export.floats}
+    assert floats["BatchNormalization"].module.startswith("bn")
+    assert all(kernel.reason for kernel in export.floats)
+    assert ("Softmax" in floats) == softmax
+    assert all(kernel.op in str(export) for kernel in export.floats)
+    eagerq.export_onnx(trained(Stands(softmax), x), tmp_path / "strict.onnx", x, strict=True)  # all of it is expected
+
+
+def test_strict_refuses_a_linear_map_in_float_and_leaves_no_file(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 16, 16)
+    silu = eagerq.PRESETS["openvino"]  # quantizes behind SiLU alone, so that ONNX Runtime convolves in float
+    deployed = trained(nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 4, 3)), x, silu)
+    with pytest.raises(eagerq.errors.ExportError, match=r"Conv of 0 .*its result is not quantized"):
+        eagerq.export_onnx(deployed, tmp_path / "model.onnx", x, strict=True)
+    assert list(tmp_path.iterdir()) == []
+    loose = eagerq.export_onnx(deployed, tmp_path / "model.onnx", x)
+    assert any(kernel.op in ("Conv", "FusedConv") and not kernel.expected for kernel in loose.floats)

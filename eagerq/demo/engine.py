@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
@@ -41,18 +40,6 @@ def export_float(model: nn.Module, path: Path, example: Tensor) -> None:
             external_data=False,
             verbose=False,
         )
-
-
-def session(path: Path) -> Any:
-    """One thread on the CPU, with sums that do not saturate.
-
-    x86 without VNNI adds two products of u8 x s8 in 16 bits; there ONNX Runtime takes its exact kernels only if told so.
-    """
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def scores(engine: Any, images: Tensor) -> Tensor:

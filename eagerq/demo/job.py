@@ -24,6 +24,7 @@ import eagerq
 from eagerq.demo import engine, exactness, layers, plots, report
 from eagerq.demo.data import Digits, load
 from eagerq.demo.training import accuracy, fit, network, outputs, steps_per_epoch
+from eagerq.deploy.runtime import session
 from eagerq.errors import ExportError, SpecError
 
 _NETWORK = "timm resnet18, one block a stage and 48 to 384 channels"
@@ -153,7 +154,7 @@ def _deploy(
         with engine.quiet():
             eagerq.export_onnx(deployed, paths["int8"], example)
         bars.advance(bar)
-        engines = {key: engine.session(path) for key, path in paths.items()}
+        engines = {key: session(path) for key, path in paths.items()}
         bar = bars.add_task("timing in ONNX Runtime", total=engine.WARM_UP + engine.ROUNDS)
         latency = engine.latencies(engines, digits.test_images[:1], lambda: bars.advance(bar))
         of_int8 = engine.scores(engines["int8"], digits.test_images)

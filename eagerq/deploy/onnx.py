@@ -17,11 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from eagerq.checks import check_model
+from eagerq.deploy.kernels import Export, kernels_of
+from eagerq.deploy.rewrites import pair_moves, sum_hardsigmoids
+from eagerq.deploy.subpixel import in_subpixel_form
 from eagerq.deploy.verification import numbered
-from eagerq.errors import ExportError, InputsError, StateError
+from eagerq.errors import ExportError, InputsError, MissingExtraError, StateError
 from eagerq.extras import require
 from eagerq.inputs import Inputs, runs_for
-from eagerq.nn.quantized import is_deployed
+from eagerq.nn.modules.batchnorm import is_foldable
+from eagerq.nn.qat.split import SplitActivation
+from eagerq.nn.quantized import QuantizedModule, is_deployed
 from eagerq.record import record_of
 
 OPSETS = range(17, 24)
@@ -29,14 +34,17 @@ OPSETS = range(17, 24)
 _OLDEST_WRITTEN = 18
 
 
-def export_onnx(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any = None, *, opset: int = 18) -> Path:
+def export_onnx(
+    model: nn.Module, path: str | os.PathLike[str], example_inputs: Any = None, *, opset: int = 18, strict: bool = False
+) -> Export:
     """Write ``model`` to ``path`` as an ONNX file that integer engines run as integers.
 
     Weights are int8 and biases int32 initializers behind DequantizeLinear; every fixed quantizer is
     a QuantizeLinear, DequantizeLinear pair. The batch axis (axis 0 of each input) is dynamic where the
     model allows. The graph is checked by ONNX's checker and written beside ``path``, then renamed.
 
-    On x86 processors without VNNI, ONNX Runtime's u8 x s8 kernels saturate: set the session option
+    Where ONNX Runtime is installed it is asked which operations it runs as integer kernels; the result lists the others
+    with their reasons. On x86 processors without VNNI its u8 x s8 kernels saturate: set the session option
     ``session.x64quantprecision`` to ``1`` there.
 
     Args:
@@ -44,16 +52,18 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], example_inputs: 
         path: the file to write.
         example_inputs: as for ``plan_fusion``; None takes those the model was fused or converted with.
         opset: ONNX operator set, 17 to 23.
+        strict: refuse a file in which ONNX Runtime runs, in float, a linear map with integer weights or another operation
+            between quantized tensors (a norm that stands alone is known to run so).
 
     Returns:
-        The path written.
+        An ``Export``: the path written, which it can be used as, and the engine's kernels.
 
     Raises:
         StateError: if the model is not deployed.
         InputsError: if there are no example inputs.
-        ExportError: if torch.export cannot capture the model, the checker rejects the graph or the
-            file cannot be written; no file is left.
-        MissingExtraError: without ``onnx`` or ``onnxscript``.
+        ExportError: if torch.export cannot capture the model, the checker rejects the graph, ``strict`` refuses it or
+            the file cannot be written; no file is left.
+        MissingExtraError: without ``onnx`` or ``onnxscript``; with ``strict``, without ``onnxruntime``.
     """
     onnx = require("onnx", "onnx")
     require("onnx.version_converter", "onnx")
@@ -70,8 +80,12 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], example_inputs: 
         raise ExportError(f"wanted a file to write, found the folder {target}; add a file name.")
     proto = _exported(model, _example(model, example_inputs), max(opset, _OLDEST_WRITTEN))
     _tidy(onnx, proto)
+    sums = {name for name, module in model.named_modules() if isinstance(module, SplitActivation) and module.sums}
+    sum_hardsigmoids(onnx, proto, {node.name for node in proto.graph.node if _scope(node) in sums})
+    pair_moves(onnx, proto)
     _unshare_zero_points(onnx, proto)
     _name_codes(proto)
+    modules = {node.name: _scope(node) or "" for node in proto.graph.node}
     if opset < _OLDEST_WRITTEN:
         proto = _older(onnx, proto, opset)
     _describe(proto)
@@ -79,8 +93,36 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], example_inputs: 
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:
         raise ExportError(f"ONNX's checker rejects the exported graph: {error}") from error
+    export = _asked(model, proto, target, modules, strict)
     _write(target, proto.SerializeToString())
-    return target
+    return export
+
+
+def _asked(model: nn.Module, proto: Any, target: Path, modules: dict[str, str], strict: bool) -> Export:
+    """What ONNX Runtime, if it is there, makes of the graph."""
+    try:
+        runtime = require("onnxruntime", "onnx")
+    except MissingExtraError:
+        if strict:
+            raise
+        return Export(target, None, ())
+    named = dict(model.named_modules())
+    quantized = frozenset(n for n, m in named.items() if isinstance(m, QuantizedModule) and m.weight_scale is not None)
+    norms = frozenset(n for n, m in named.items() if is_foldable(m))
+    try:
+        kernels = kernels_of(proto, modules, quantized, norms)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise ExportError(f"ONNX Runtime {runtime.__version__} does not take the exported graph: {text[:200]}") from error
+    export = Export(target, f"ONNX Runtime {runtime.__version__}", tuple(kernels))
+    wrong = [kernel for kernel in export.floats if not kernel.expected]
+    if strict and wrong:
+        found = "; ".join(f"{k.op} of {k.module or 'the model'} ({k.reason})" for k in wrong[:5])
+        raise ExportError(
+            f"strict=True wants integer kernels, found {len(wrong)} operations in float: {found}."
+            " Pass strict=False to write the file all the same, or a qconfig that quantizes around them."
+        )
+    return export
 
 
 def _example(model: nn.Module, example_inputs: Any) -> Inputs:
@@ -116,9 +158,9 @@ def _exported(model: nn.Module, run: Inputs, opset: int) -> Any:
             shapes = {k: batch(v) for k, v in run.kwargs.items()}
     was_training = model.training
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), torch.no_grad(), in_subpixel_form(model.eval()) as form:
             program = torch.onnx.export(
-                model.eval(), run.args, kwargs=run.kwargs, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False
+                form, run.args, kwargs=run.kwargs, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False
             )
         return program.model_proto  # type: ignore[union-attr]
     except Exception as error:
@@ -223,16 +265,19 @@ def _older(onnx: Any, proto: Any, opset: int) -> Any:
 
 
 def _name_codes(proto: Any) -> None:
-    """Name each tensor of codes after its quantizer, so that ``verify_deployment`` finds it."""
+    """Name each tensor of codes after its quantizer, so that ``verify_deployment`` finds it: what its DequantizeLinear reads."""
+    made = {name for node in proto.graph.node for name in node.output}
     names: dict[str, str] = {}
     calls: dict[str, int] = {}
     for node in proto.graph.node:
-        for i, name in enumerate(node.input):
-            node.input[i] = names.get(name, name)
-        quantizer = _scope(node) if node.op_type == "QuantizeLinear" else None
+        if node.op_type != "DequantizeLinear" or node.input[0] not in made or node.input[0] in names:
+            continue
+        quantizer = _scope(node)
         if quantizer is not None:
-            new = numbered(quantizer, calls)
-            names[node.output[0]] = node.output[0] = new
+            names[node.input[0]] = numbered(quantizer, calls)
+    for node in proto.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
     for value in proto.graph.value_info:
         value.name = names.get(value.name, value.name)
 
@@ -261,7 +306,8 @@ def _is_nonnegative(name: str, producers: Any, constants: Any) -> bool:
     if node is None or node.op_type != "DequantizeLinear" or len(node.input) < 3:
         return False
     zero = constants.get(node.input[2])
-    return zero is not None and zero.dtype == "uint8" and bool((zero == 0).all())
+    lowest = {"uint8": 0, "int8": -128}.get("" if zero is None else zero.dtype.name)
+    return lowest is not None and bool((zero == lowest).all())
 
 
 def _is_global_pool(node: Any, constants: Any, graph: Any) -> bool:

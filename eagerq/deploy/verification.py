@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from eagerq.checks import check_model
+from eagerq.deploy.runtime import session
 from eagerq.errors import ExportError, InputsError, StateError
 from eagerq.exactness import ExactRun, exact_mode
 from eagerq.extras import require
@@ -160,12 +161,12 @@ def verify_deployment(
         raise ExportError(
             f"{os.fspath(path)} holds no quantized tensor of this model; write it with eagerq.export_onnx from this very model."
         )
-    whole = _session(runtime, proto)
+    whole = session(proto.SerializeToString())
     outputs = [output.name for output in proto.graph.output]
     kinds = {v.name: v for v in proto.graph.value_info}
     for tap in taps:
         proto.graph.output.append(kinds[tap] if tap in kinds else onnx.ValueInfoProto(name=tap))
-    tapped = _session(runtime, proto)
+    tapped = session(proto.SerializeToString())
 
     found: dict[str, list[int]] = {}
     largest = 0.0
@@ -177,21 +178,33 @@ def verify_deployment(
             for run in as_runs(batches, limit=2**62):
                 seen.clear()
                 feeds = _feeds(whole, run)
-                given = [t for t in tensors_in(model(*run.args, **run.kwargs), deep=True) if t.is_floating_point()]
+                try:
+                    given = list(tensors_in(model(*run.args, **run.kwargs), deep=True))
+                except Exception as error:
+                    raise InputsError(f"the model does not take these inputs: {type(error).__name__}: {error}") from error
                 try:
                     theirs = whole.run(outputs, feeds)
                     codes = dict(zip(taps, tapped.run(taps, feeds), strict=True))
                 except Exception as error:
                     raise InputsError(f"the engine does not take these inputs: {error}") from error
-                for ours, other in zip(given, theirs, strict=False):
-                    if ours.numel():
-                        largest = max(largest, float((ours.double().cpu() - torch.from_numpy(other).double()).abs().max()))
+                if len(given) != len(theirs):
+                    raise ExportError(
+                        f"the model gives {len(given)} tensors, the file {len(theirs)} ({', '.join(outputs)});"
+                        " write it with eagerq.export_onnx from this very model."
+                    )
+                for ours, other in zip(given, theirs, strict=True):
+                    largest = max(largest, _apart(ours.cpu(), torch.from_numpy(other)))
                 for tap, ours in _named(seen):
                     if tap in codes:
                         _compare(found.setdefault(tap.removesuffix(CODES), [0, 0, 0]), ours, torch.from_numpy(codes[tap]))
     finally:
         for module, training in modes:
             module.training = training
+    if not found:
+        raise StateError(
+            "none of the model's quantizers gave codes, since they have observed nothing yet;"
+            " run some batches in train mode before you compare."
+        )
     rows = tuple(TensorDifference(name, *counts) for name, counts in found.items())
     return Verification(
         rows, largest, exact, f"ONNX Runtime {runtime.__version__}", tuple(n for n in quantizers if n not in found)
@@ -200,6 +213,15 @@ def verify_deployment(
 
 def _is_activations(module: nn.Module) -> bool:
     return isinstance(module, FakeQuantize) and not module.memoryless
+
+
+def _apart(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference of two outputs; infinite for another shape, or a NaN that only one has."""
+    if ours.shape != theirs.shape:
+        return math.inf
+    a, b = ours.double(), theirs.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    return 0.0 if bool(same.all()) else float((a - b)[~same].abs().nan_to_num(nan=math.inf).max())
 
 
 def _compare(counts: list[int], ours: Tensor, theirs: Tensor) -> None:
@@ -239,17 +261,12 @@ def _codes_of(quantizers: dict[str, nn.Module], seen: list[tuple[str, Tensor]]) 
             handle.remove()
 
 
-def _session(runtime: Any, proto: Any) -> Any:
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.x64quantprecision", "1")  # exact on processors without VNNI too
-    return runtime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
 def _feeds(engine: Any, run: Inputs) -> dict[str, Any]:
     names = [given.name for given in engine.get_inputs()]
-    tensors = list(tensors_in((run.args, run.kwargs), deep=True))
-    if len(tensors) != len(names):
-        raise InputsError(f"the file takes {len(names)} tensors ({', '.join(names)}), found {len(tensors)}; pass as many.")
-    return {name: tensor.detach().cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
+    named = {key: value for key, value in run.kwargs.items() if key in names and isinstance(value, Tensor)}
+    rest = list(tensors_in((run.args, {key: value for key, value in run.kwargs.items() if key not in named}), deep=True))
+    if len(rest) + len(named) != len(names):
+        found = len(rest) + len(named)
+        raise InputsError(f"the file takes {len(names)} tensors ({', '.join(names)}), found {found}; pass as many.")
+    tensors = named | dict(zip((name for name in names if name not in named), rest, strict=True))
+    return {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
