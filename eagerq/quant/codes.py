@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eagerq.quant.engine import EngineProfile, Grid
+from eagerq.quant.engine import EXACT_FLOAT32, EngineProfile, Grid
 from eagerq.quant.spec import QuantSpec
 
 
@@ -155,10 +156,27 @@ class CodeTensor(Tensor):
         return func(*_real(args), **_real(kwargs or {}))
 
 
+#: Elementwise work on codes goes in pieces of this many values: what lies between codes is wider than they are.
+PIECE = 2**18
+
+
+def in_pieces(function: Callable[..., Tensor], *operands: Tensor) -> Tensor:
+    """An elementwise function of tensors that broadcast, computed in pieces along the axis that is outermost in memory."""
+    shape = torch.broadcast_shapes(*(operand.shape for operand in operands))  # type: ignore[no-untyped-call]
+    if shape.numel() <= PIECE:
+        return function(*operands)
+    views = [operand.reshape(*[1] * (len(shape) - operand.dim()), *operand.shape) for operand in operands]
+    axis = max(range(len(shape)), key=lambda i: max(v.stride(i) if v.shape[i] > 1 else 0 for v in views))
+    length = max(1, shape[axis] * PIECE // shape.numel())
+    pieces = range(0, shape[axis], length)
+    parts = ([v if v.shape[axis] == 1 else v[(slice(None),) * axis + (slice(i, i + length),)] for v in views] for i in pieces)
+    return torch.cat([function(*part) for part in parts], axis)
+
+
 def encode(x: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor, profile: EngineProfile) -> Tensor:
     """``x`` behind a quantizer: codes of real values, or of a result that waited for this grid."""
-    grid = Grid.of(spec, scale, zero_point)
-    codes = x.value.on(grid) if isinstance(x, CodeTensor) else profile.quantize(x, grid)
+    grid = Grid.of(spec, scale, zero_point, profile.kernels)
+    codes = x.value.on(grid) if isinstance(x, CodeTensor) else in_pieces(lambda part: profile.quantize(part, grid), x)
     return CodeTensor(Coded(codes, grid, profile))
 
 
@@ -210,16 +228,55 @@ def _in_place(target: Any, result: CodeTensor) -> Any:
     return target
 
 
+def _on_codes(func: Any, codes: Tensor, args: Any, kwargs: Any) -> Any:
+    """What ``func`` moves; through float32 where it takes no bytes, or not in the memory format that a kernel left them in."""
+    if codes.is_floating_point():
+        return func(codes, *args, **kwargs)
+    try:
+        return func(codes, *args, **kwargs)
+    except RuntimeError:
+        moved = func(codes.contiguous().float(), *args, **kwargs)
+        if isinstance(moved, Tensor):
+            return moved.to(codes.dtype)
+        return type(moved)(part.to(codes.dtype) for part in moved)
+
+
 def _moved(func: Any, args: Any, kwargs: Any) -> Any:
     """A function that only moves values: it runs on the codes."""
-    x = _operand(args[0]) if args else None
-    if x is None or any(isinstance(a, CodeTensor) for a in (*args[1:], *kwargs.values())):
+    if not args or not isinstance(args[0], CodeTensor) or any(isinstance(a, CodeTensor) for a in (*args[1:], *kwargs.values())):
         return NotImplemented
-    moved = func(x.codes, *args[1:], **kwargs)
+    x = args[0].value
+    if isinstance(x, Pending):
+        return _moved_pending(x, func, args[1:], kwargs)
+    if not isinstance(x, Coded):
+        return NotImplemented
+    moved = _on_codes(func, x.codes, args[1:], kwargs)
     if isinstance(moved, Tensor):
         return CodeTensor(dataclasses.replace(x, codes=moved)) if moved.dtype == x.codes.dtype else NotImplemented
     if isinstance(moved, (tuple, list)) and all(isinstance(part, Tensor) for part in moved):
         return type(moved)(CodeTensor(dataclasses.replace(x, codes=part)) for part in moved)
+    return NotImplemented
+
+
+def _moved_pending(x: Pending, func: Any, args: Any, kwargs: Any) -> Any:
+    """A result that waits, moved: where engines would not compute it in float for want of a quantizer right behind it."""
+    if x.kind:
+        return NotImplemented
+    shapes = func(torch.empty(x.size, device="meta"), *args, **kwargs)
+
+    def part(shape: torch.Size, pick: Callable[[Any], Tensor]) -> CodeTensor:
+        def value() -> Tensor:
+            return pick(func(x.value(), *args, **kwargs))
+
+        def codes(grid: Grid) -> Tensor:
+            return pick(_on_codes(func, x.codes(grid), args, kwargs))
+
+        return CodeTensor(dataclasses.replace(x, size=shape, value=value, codes=codes))
+
+    if isinstance(shapes, Tensor):
+        return part(shapes.shape, lambda moved: moved)
+    if isinstance(shapes, (tuple, list)) and all(isinstance(shape, Tensor) for shape in shapes):
+        return type(shapes)(part(shape.shape, operator.itemgetter(i)) for i, shape in enumerate(shapes))
     return NotImplemented
 
 
@@ -289,7 +346,7 @@ def _add(func: Any, args: Any, kwargs: Any) -> Any:
             torch.broadcast_shapes(a.codes.shape, b.codes.shape),  # type: ignore[no-untyped-call]
             a.codes.device,
             lambda: a.real() + b.real(),
-            lambda grid: a.profile.add(a.codes, a.grid, b.codes, b.grid, grid),
+            lambda grid: in_pieces(lambda p, q: a.profile.add(p, a.grid, q, b.grid, grid), a.codes, b.codes),
             a.profile,
             "add",
         )
@@ -307,7 +364,7 @@ def _mul(func: Any, args: Any, kwargs: Any) -> Any:
             torch.broadcast_shapes(a.codes.shape, b.codes.shape),  # type: ignore[no-untyped-call]
             a.codes.device,
             lambda: a.real() * b.real(),
-            lambda grid: a.profile.mul(a.codes, a.grid, b.codes, b.grid, grid),
+            lambda grid: in_pieces(lambda p, q: a.profile.mul(p, a.grid, q, b.grid, grid), a.codes, b.codes),
             a.profile,
             "mul",
         )
@@ -318,7 +375,8 @@ def _mul(func: Any, args: Any, kwargs: Any) -> Any:
 def _averaged(x: Coded, keepdim: bool) -> CodeTensor:
     """The mean over the last two of four axes, as engines pool globally."""
     count = x.codes.shape[2] * x.codes.shape[3]
-    total = x.about_zero().double().sum((2, 3), keepdim=keepdim)
+    values = x.about_zero()
+    total = (values if count * 256 < EXACT_FLOAT32 else values.double()).sum((2, 3), keepdim=keepdim)
     return CodeTensor(
         Pending(
             total.shape,
@@ -341,9 +399,97 @@ def _mean(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _adaptive_average(func: Any, args: Any, kwargs: Any) -> Any:
     x, size = _operand(args[0]), kwargs.get("output_size", args[1] if len(args) > 1 else None)
-    if x is None or x.codes.dim() != 4 or size not in (1, (1, 1), [1, 1]):
+    if x is None or x.codes.dim() != 4:
         return NotImplemented
-    return _averaged(x, True)
+    if size in (1, (1, 1), [1, 1]):
+        return _averaged(x, True)
+    sizes = x.codes.shape[2:]
+    wanted = [n or given for n, given in zip(_window(size), sizes, strict=True)]
+    if any(given % n for n, given in zip(wanted, sizes, strict=True)):
+        return NotImplemented
+    height, width = (given // n for n, given in zip(wanted, sizes, strict=True))
+    if height == width == 1:
+        return CodeTensor(x)
+    shape = torch.Size((*x.codes.shape[:2], *wanted))
+    return _over_windows(x, shape, (height, width), (height, width), (0, 0), [0, 0], True)
+
+
+def _window(value: Any) -> tuple[int, int]:
+    height, width = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value, value)
+    return (height[0], width[0]) if isinstance(height, (tuple, list)) else (height, width)
+
+
+def _average_pooled(func: Any, args: Any, kwargs: Any) -> Any:
+    names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+    given = dict(zip(names, args[1:])) | kwargs  # noqa: B905
+    x = _operand(args[0])
+    if x is None or x.codes.dim() != 4 or given.get("divisor_override") is not None:
+        return NotImplemented
+    kernel = _window(given["kernel_size"])
+    stride = _window(given.get("stride") or kernel)
+    padding = _window(given.get("padding", 0))
+    of_pads = bool(given.get("count_include_pad", True))
+    shape = func(torch.empty(x.codes.shape, device="meta"), *args[1:], **kwargs).shape
+    sizes = x.codes.shape[2:]
+    # how far the last windows reach past the padding, which ceil_mode lets them
+    axes = zip(shape[2:], stride, kernel, sizes, padding, strict=True)
+    past = [max(0, (n - 1) * s + k - size - 2 * p) for n, s, k, size, p in axes]
+    if of_pads and any(past):
+        return NotImplemented
+    return _over_windows(x, shape, kernel, stride, padding, past, of_pads)
+
+
+def _over_windows(
+    x: Coded,
+    shape: torch.Size,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    past: list[int],
+    of_pads: bool,
+) -> CodeTensor:
+    edges = (padding[1], padding[1] + past[1], padding[0], padding[0] + past[0])
+
+    def places(values: Tensor) -> Iterator[Tensor]:
+        padded = torch.nn.functional.pad(values, edges)
+        for i in range(kernel[0]):
+            for j in range(kernel[1]):
+                yield padded[..., i :: stride[0], j :: stride[1]][..., : shape[2], : shape[3]]
+
+    def count() -> Tensor:
+        if of_pads:
+            return torch.tensor(float(kernel[0] * kernel[1]), device=x.codes.device)
+        return torch.stack(list(places(torch.ones_like(x.codes[:1, :1])))).sum(0)
+
+    def value() -> Tensor:
+        return sum(places(x.real()), torch.zeros(())) / count()
+
+    return CodeTensor(
+        Pending(
+            shape,
+            x.codes.device,
+            value,
+            lambda grid: x.profile.window_average(places(x.real()), count(), grid),
+            x.profile,
+            "avg_pool2d",
+        )
+    )
+
+
+def _normalised(func: Any, args: Any, kwargs: Any) -> Any:
+    """A batch norm with no linear map before it: engines run it in float, by this formula."""
+    names = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    given = dict(zip(names, args[1:])) | kwargs  # noqa: B905
+    x, mean, var = args[0], given.get("running_mean"), given.get("running_var")
+    if given.get("training") or mean is None or var is None:
+        return NotImplemented
+    real = x.value.real()
+    if on_float is not None:
+        on_float("batch_norm")
+    weight, bias = given.get("weight"), given.get("bias")
+    weight = torch.ones_like(mean) if weight is None else weight
+    bias = torch.zeros_like(mean) if bias is None else bias
+    return x.value.profile.batch_norm(real, mean, var, weight, bias, given.get("eps", 1e-5))
 
 
 def _tabled(name: str) -> Callable[[Any, Any, Any], Any]:
@@ -365,13 +511,27 @@ def _tabled(name: str) -> Callable[[Any, Any, Any], Any]:
                 x.codes.shape,
                 x.codes.device,
                 lambda: function(x.real()),
-                lambda grid: x.profile.table(function, x.codes, x.grid, grid),
+                lambda grid: in_pieces(lambda part: x.profile.table(function, part, x.grid, grid), x.codes),
                 x.profile,
                 name,
             )
         )
 
     return handler
+
+
+def hardsigmoid_sum(x: Coded) -> CodeTensor:
+    """The hard sigmoid of codes, as engines compute it that have no kernel of it: see ``EngineProfile.hardsigmoid_sum``."""
+    return CodeTensor(
+        Pending(
+            x.codes.shape,
+            x.codes.device,
+            lambda: x.profile.hardsigmoid(x.real()),
+            lambda grid: in_pieces(lambda part: x.profile.hardsigmoid_sum(part, x.grid, grid), x.codes),
+            x.profile,
+            "hardsigmoid",
+        )
+    )
 
 
 def _concatenated(func: Any, args: Any, kwargs: Any) -> Any:
@@ -397,7 +557,6 @@ def _concatenated(func: Any, args: Any, kwargs: Any) -> Any:
             lambda: joined([part.real() for part in held]),
             lambda grid: joined([part.on(grid) for part in held]),
             first.profile,
-            "cat",
         )
     )
 
@@ -416,7 +575,7 @@ def _padded(func: Any, args: Any, kwargs: Any) -> Any:
         return _moved(func, args, kwargs)
     if given.get("value") not in (None, 0, 0.0):
         return NotImplemented
-    padded = func(x.about_zero(), given["pad"]) + x.grid.zero_point
+    padded = func(x.codes, given["pad"], value=float(x.grid.zero_point))
     return CodeTensor(dataclasses.replace(x, codes=padded))
 
 
@@ -437,8 +596,11 @@ _HANDLERS: dict[str, Callable[[Any, Any, Any], Any]] = {
     **dict.fromkeys(("mul", "__mul__", "__rmul__", "__imul__", "mul_"), _mul),
     "sigmoid": _tabled("sigmoid"),
     "hardsigmoid": _tabled("hardsigmoid"),
+    "hardswish": _tabled("hardswish"),
     "leaky_relu": _tabled("leaky_relu"),
     "mean": _mean,
+    "avg_pool2d": _average_pooled,
+    "batch_norm": _normalised,
     "adaptive_avg_pool2d": _adaptive_average,
     **dict.fromkeys(("cat", "concat", "concatenate"), _concatenated),
     "interpolate": _resized,

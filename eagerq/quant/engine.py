@@ -1,13 +1,13 @@
 """How an integer engine rounds: the formulas of its kernels, as named, versioned profiles.
 
-Codes are held in float tensors; every formula is float32 arithmetic unless it says otherwise, since that is what
-the engine's kernels use between their int32 sums and their int8 results.
+Codes are whole numbers, in float tensors or in bytes; every formula is float32 arithmetic unless it says otherwise,
+since that is what the engine's kernels use between their int32 sums and their int8 results.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -27,25 +27,45 @@ class Grid:
         scale: real value of one code, float32 ``()``.
         zero_point: the code of zero, float32 ``()``.
         low, high: lowest and highest code.
+        dtype: that codes are held in: float32, or the one byte that holds the grid.
     """
 
     scale: Tensor
     zero_point: Tensor
     low: int
     high: int
+    dtype: torch.dtype = torch.float32
 
     @classmethod
-    def of(cls, spec: QuantSpec, scale: Tensor, zero_point: Tensor) -> Grid:
-        """From a quantizer's buffers of one element each."""
-        return cls(scale.reshape(()).float(), zero_point.reshape(()).float(), spec.quant_min, spec.quant_max)
+    def of(cls, spec: QuantSpec, scale: Tensor, zero_point: Tensor, kernels: str = "float") -> Grid:
+        """From a quantizer's buffers of one element each; ``kernels`` as in ``EngineProfile``."""
+        byte = torch.int8 if spec.signed else torch.uint8
+        dtype = torch.float32 if kernels == "float" else byte
+        return cls(scale.reshape(()).float(), zero_point.reshape(()).float(), spec.quant_min, spec.quant_max, dtype)
 
     def clip(self, codes: Tensor) -> Tensor:
-        """The nearest codes of this grid."""
-        return codes.clamp(self.low, self.high)
+        """The nearest codes of this grid, in its dtype."""
+        return codes.clamp(self.low, self.high).to(self.dtype)
 
     def is_same(self, other: Grid) -> bool:
-        """Whether equal codes stand for equal values."""
-        return self is other or (bool(self.scale == other.scale) and bool(self.zero_point == other.zero_point))
+        """Whether the codes of both are the same and stand for equal values."""
+        if self is other:
+            return True
+        same = (self.low, self.high, self.dtype) == (other.low, other.high, other.dtype)
+        return same and bool(self.scale == other.scale) and bool(self.zero_point == other.zero_point)
+
+    def clips_to_unit(self) -> bool:
+        """Whether the codes of x and of x clipped to [0, 1] are the same, for every x."""
+        # below 0, rint(x / s) + z falls without end, so the code is that of 0 for all x just where z is the lowest code;
+        # above 1, rint(x / s) + z grows without end from rint(1 / s) + z on, so that must not lie under the highest code
+        return bool(self.zero_point == self.low) and bool(torch.round(1 / self.scale) + self.zero_point >= self.high)
+
+
+def hardsigmoid_is_sum(of_x: Grid, grid: Grid) -> bool:
+    """Whether a hard sigmoid from one grid to another is a sum, clipped by the codes of ``grid``: both have all eight bits."""
+    # a narrower grid is clipped before QuantizeLinear, so that no sum would stand right before that
+    bounds = (of_x.low, of_x.high)
+    return bounds == (grid.low, grid.high) and bounds in ((0, 255), (-128, 127)) and grid.clips_to_unit()
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -62,10 +82,13 @@ class EngineProfile:
     Attributes:
         name: for example ``"onnxruntime-x64"``.
         version: of these formulas; a number stays with its formulas for good.
+        kernels: what computes them here, with one result: ``"float"`` holds codes in float32 and sums them in
+            floating point, ``"int8"`` holds a code in a byte and sums in integer kernels (see ``eagerq.nn.int8``).
     """
 
     name: str
     version: int
+    kernels: str = "float"
 
     def quantize(self, x: Tensor, grid: Grid) -> Tensor:
         r""":math:`\mathrm{rint}(x / s) + z`, a division."""
@@ -77,7 +100,8 @@ class EngineProfile:
 
     def requantize(self, total: Tensor, factor: Tensor, grid: Grid) -> Tensor:
         r""":math:`\mathrm{rint}(f(\textit{total}) \cdot (s_x s_w / s)) + z` of an int32 sum; ``factor`` is :math:`s_x s_w`."""
-        return grid.clip(torch.round(total.float() * (factor / grid.scale)) + grid.zero_point)
+        scaled = total.float() * (factor / grid.scale)
+        return grid.clip(scaled.round_().add_(grid.zero_point))
 
     def add(self, a: Tensor, of_a: Grid, b: Tensor, of_b: Grid, grid: Grid) -> Tensor:
         r""":math:`\mathrm{rint}(\mathrm{fma}(q_a, r_a, \mathrm{fma}(q_b, r_b, c)))`.
@@ -97,6 +121,28 @@ class EngineProfile:
         r""":math:`\mathrm{rint}(\textit{total} \cdot s_x / (s\,n)) + z`; ``total`` is :math:`\sum (q - z_x)` over n codes."""
         return grid.clip(torch.round(total.float() * (of_x.scale / (grid.scale * count))) + grid.zero_point)
 
+    def window_average(self, windows: Iterable[Tensor], count: Tensor, grid: Grid) -> Tensor:
+        r""":math:`\mathrm{rint}(\frac{1}{n} \sum x / s + z)`: real values summed one after the other, in float32.
+
+        Args:
+            windows: the values at each place of the window, in row-major order, zero where the window leaves the input.
+            count: n, broadcasts against a window.
+            grid: of the result.
+        """
+        total: Tensor | None = None
+        for values in windows:
+            total = values if total is None else total + values
+        if total is None:
+            raise ValueError("an average over a window of no places is not defined; give at least one.")
+        return grid.clip(torch.round(total / count / grid.scale + grid.zero_point))
+
+    def batch_norm(self, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        r""":math:`x a + (\beta - \mu a)`, :math:`a = (1 / \sqrt{\sigma^2 + \epsilon})\,\gamma`, float32; parameters ``(C,)``."""
+        root = torch.sqrt((var + eps).double()).float()  # torch's own float32 root is not always the nearest
+        scale = (1.0 / root.double()).float() * weight
+        shape = (-1,) + (1,) * (x.dim() - 2)
+        return x * scale.reshape(shape) + (bias - mean * scale).reshape(shape)
+
     def sigmoid(self, x: Tensor) -> Tensor:
         r"""The kernel's rational approximation of :math:`1/(1+e^{-x})`, within 1e-7; coefficients of Eigen's logistic."""
         x = x.float().clamp(-18.0, 18.0)
@@ -112,11 +158,26 @@ class EngineProfile:
         r""":math:`\mathrm{clip}(x/6 + 1/2, 0, 1)`."""
         return (x.float() * (1 / 6) + 0.5).clamp(0.0, 1.0)
 
+    def hardswish(self, x: Tensor) -> Tensor:
+        r""":math:`x \cdot \mathrm{hardsigmoid}(x)`: the engine takes the operator apart."""
+        return x.float() * self.hardsigmoid(x)
+
     def table(self, function: Callable[[Tensor], Tensor], codes: Tensor, of_x: Grid, grid: Grid) -> Tensor:
         """The quantized ``function`` of the real value of each code: one entry a code, looked up."""
-        entries = torch.arange(of_x.low, of_x.high + 1, dtype=torch.float32, device=codes.device)
-        entries = self.quantize(function(self.dequantize(entries, of_x)), grid)
-        return entries[(codes - of_x.low).long()]
+        return _looked_up(lambda entries: self.quantize(function(self.dequantize(entries, of_x)), grid), codes, of_x)
+
+    def hardsigmoid_sum(self, codes: Tensor, of_x: Grid, grid: Grid) -> Tensor:
+        r"""The sum :math:`(q - z_x)\,\frac{s_x}{6} + 1 \cdot \frac12` by ``add``, where ``hardsigmoid_is_sum``; else the table."""
+        if not hardsigmoid_is_sum(of_x, grid):
+            return self.table(self.hardsigmoid, codes, of_x, grid)
+        sixth = dataclasses.replace(of_x, scale=of_x.scale / 6)
+        half = dataclasses.replace(of_x, scale=torch.full_like(of_x.scale, 0.5), zero_point=torch.zeros_like(of_x.zero_point))
+        return _looked_up(lambda entries: self.add(entries, sixth, torch.ones_like(entries), half, grid), codes, of_x)
+
+
+def _looked_up(function: Callable[[Tensor], Tensor], codes: Tensor, of_x: Grid) -> Tensor:
+    entries = torch.arange(of_x.low, of_x.high + 1, dtype=torch.float32, device=codes.device)
+    return function(entries)[codes.long() - of_x.low]
 
 
 _LOGISTIC_P = (4.37031012579801e-11, 1.15627324459942e-07, 6.08574864600143e-05, 8.51377133304701e-03, 2.48287947061529e-01)
