@@ -1,7 +1,8 @@
 """Where tensors are quantized: decided from a watched forward, as data.
 
-Each tensor that a quantized module reads is quantized once, where it is produced; so are the
-results of residual adds of quantized tensors, which integer engines add as integers.
+Each tensor that a quantized module reads is quantized once, where it is produced; so are the results of residual
+adds and average pools of quantized tensors, which integer engines compute as integers. With placement at inputs
+a tensor is quantized where it is read, but for shortcuts.
 """
 
 from __future__ import annotations
@@ -26,9 +27,16 @@ _PRESERVING = frozenset(
     " clone detach getitem chunk split unbind narrow select expand repeat tile roll flip pixel_shuffle"
     " pixel_unshuffle channel_shuffle dropout T mT dropout1d dropout2d dropout3d to".split()
 )
+_CATS = frozenset({"cat", "concat", "concatenate"})
 #: Activations an engine runs inside the op before them, so the tensor to quantize comes after.
 _ACTIVATIONS = frozenset("relu relu6 hardtanh clamp clamp_min leaky_relu silu hardswish gelu mish elu prelu".split())
 _ADDS = frozenset({"add", "iadd", "radd"})
+#: Functions of one quantized tensor that engines compute on its codes, with a grid of their own for the result.
+_POOLS = frozenset({"avg_pool2d", "adaptive_avg_pool2d", "mean"})
+
+
+def _preserves(call: Call) -> bool:
+    return call.name in _PRESERVING or (call.name == "interpolate" and "'nearest'" in call.constants)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +137,8 @@ class _One:
         for call, q in reads:
             if q.qconfig.placement == "outputs":
                 self._settle(self.origin(call.inputs[0]), q.reads)
-        self._adds()
+        self._integer_results()
+        self._shortcuts()
         source: dict[str, Site] = {}
         for call, q in reads:
             site = None if call.name in self.trace.changed_inputs else self.settled.get(self.origin(call.inputs[0]))
@@ -150,9 +159,10 @@ class _One:
             call = self.trace.producer.get(value)
             if value in self.settled or call is None or call.is_module or not call.inputs:
                 return value
-            on_grid = call.name in _PRESERVING or (call.name == "relu" and self.origin(call.inputs[0]) in self.settled)
+            on_grid = _preserves(call) or (call.name == "relu" and self.origin(call.inputs[0]) in self.settled)
             if not on_grid:
-                return value
+                origins = {self.origin(v) for v in set(call.inputs)} if call.name in _CATS else ()
+                return origins.pop() if len(origins) == 1 else value
             value = call.inputs[0]
 
     def only_reader(self, value: int) -> Call | None:
@@ -190,13 +200,13 @@ class _One:
         self.settled[value] = site
 
     def _outputs(self) -> None:
-        """A QAT module's output, after its activation; not that of the last linear layers."""
+        """A QAT module's output, after its activation; not that of the last linear layers, unless the config asks for it."""
         for call in self.trace.calls:
             q = self.modules.get(call.name) if call.is_module else None
             if q is None or len(call.outputs) != 1 or q.qconfig.activation is None or q.qconfig.placement != "outputs":
                 continue
             (value,) = call.outputs
-            if issubclass(q.qat, LinearOp) and not self.useful(value):
+            if issubclass(q.qat, LinearOp) and not q.qconfig.quantize_last and not self.useful(value):
                 continue
             after = value if q.has_activation else self.activated(value)
             if after == value:
@@ -232,7 +242,7 @@ class _One:
             call = self.only_reader(first)
             first = (
                 call.outputs[0]
-                if call is not None and not call.is_module and call.name in _PRESERVING and len(call.outputs) == 1
+                if call is not None and not call.is_module and _preserves(call) and len(call.outputs) == 1
                 else None
             )
         return False
@@ -242,16 +252,45 @@ class _One:
         if len(readers) > 1 and value in self.trace.arguments and self.may_hold(""):
             self._put(value, Site("model_input", self.trace.arguments[value], spec))
 
-    def _adds(self) -> None:
-        """Results of adding two quantized tensors, after their activation."""
+    def _integer_results(self) -> None:
+        """Results of adding two quantized tensors, after their activation, and of average pools of one."""
+        for call in self.trace.calls:
+            operands = 2 if call.name in _ADDS else 1 if call.name in _POOLS else 0
+            if call.is_module or len(call.inputs) != operands or not operands or len(call.outputs) != 1:
+                continue
+            shapes = {self.trace.shapes[v] for v in call.inputs}
+            sites = [self.settled.get(self.origin(v)) for v in call.inputs]
+            if len(shapes) != 1 or None in sites or not self.useful(call.outputs[0]):
+                continue
+            spec = next(site.spec for site in sites if site is not None)
+            after = self.activated(call.outputs[0])
+            if self.origin(after) not in self.settled:
+                self._settle_at_exit(after, spec)
+
+    def _shortcuts(self) -> None:
+        """Placement at inputs: what is added to a convolution's result, so that the engine adds it in the same kernel.
+
+        The convolution's own result stays as it is; of two convolutions the first operand's does (NVIDIA, TensorRT,
+        "Explicit Quantization": quantize the residual input in skip connections).
+        """
         for call in self.trace.calls:
             if call.is_module or call.name not in _ADDS or len(call.inputs) != 2 or len(call.outputs) != 1:
                 continue
-            shapes = {self.trace.shapes[v] for v in call.inputs}
-            operands = [self.settled.get(self.origin(v)) for v in call.inputs]
-            if len(shapes) != 1 or None in operands or not self.useful(call.outputs[0]):
+            if len({self.trace.shapes[v] for v in call.inputs}) != 1:
                 continue
-            spec = next(site.spec for site in operands if site is not None)
-            after = self.activated(call.outputs[0])
-            if after not in self.settled:
-                self._settle_at_exit(after, spec)
+            main = next((v for v in call.inputs if self._takes_an_addend(v)), None)
+            for shortcut in [v for v in call.inputs if main is not None and v != main and v not in self.settled]:
+                spec = self.modules[self.trace.producer[main].name].qconfig.activation  # type: ignore[index]
+                maker = self.trace.producer.get(shortcut)
+                if spec is None or maker is None or not maker.is_module or maker.name not in self.modules:
+                    self._settle(shortcut, spec)
+                elif len(maker.outputs) == 1 and maker.name not in self.trace.changed_outputs:
+                    self._put(shortcut, Site("output", maker.name, spec))
+
+    def _takes_an_addend(self, value: int) -> bool:
+        """Whether it is a quantized convolution's bare result that only one add reads."""
+        call = self.trace.producer.get(value)
+        q = self.modules.get(call.name) if call is not None and call.is_module else None
+        if q is None or q.reads is None or q.has_activation or q.qconfig.placement != "inputs":
+            return False
+        return not issubclass(q.qat, LinearOp) and self.only_reader(value) is not None
