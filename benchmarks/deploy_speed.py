@@ -107,7 +107,8 @@ def main() -> None:
             ratio("static", "eagerq"),
             f"{bytes_of['eagerq'] / bytes_of['float']:.3f}",
         )
-    print(f"onnxruntime {onnxruntime.__version__}, torch {torch.__version__}, timm {timm.__version__}, {platform.machine()}, 1 thread")
+    versions = f"onnxruntime {onnxruntime.__version__}, torch {torch.__version__}, timm {timm.__version__}"
+    print(f"{versions}, {platform.machine()}, 1 thread, batch 1, {options.size} px, median of {options.rounds} rounds")
     Console(width=120).print(table)
 
 

@@ -1,18 +1,21 @@
-"""``python -m model_zoo_tests run``: the whole zoo; ``accept``: take what was found as the table to check against."""
+"""``python -m model_zoo_tests run``: the whole zoo; ``accept``: take what was found as the table; ``deploy``: the engine."""
 
 from __future__ import annotations
 
 import fnmatch
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import timm
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn, track
+from rich.table import Table
 
+from .engine import NETS, verified
 from .zoo import QUICK, RESULTS, Store, differences, quick_cover, read_table, rows_of, run_checks, write_table
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -107,6 +110,30 @@ def accept(folder: Annotated[Path, typer.Option(help="where results are kept")] 
         console.print(line, highlight=False, markup=False)
     write_table(rows)
     QUICK.write_text("\n".join(quick_cover(store)) + "\n")
+
+
+@app.command()
+def deploy(
+    nets: Annotated[list[str] | None, typer.Argument(help="names of timm models; left out: those of engine.py")] = None,
+    size: Annotated[int, typer.Option(help="pixels")] = 224,
+    batches: Annotated[int, typer.Option(help="random batches of two images each")] = 1,
+) -> None:
+    """Compare every code of each net in ONNX Runtime with the exact mode; the exit code says whether all are equal."""
+    table = Table("net", "tensors", "codes", "differing", "largest output difference", "integer", "float", "file / float")
+    wrong = 0
+    for name in track(nets or NETS, "deploying", transient=True, console=console):
+        with tempfile.TemporaryDirectory() as folder:
+            found = verified(name, size, Path(folder), batches)
+        result = found.verification
+        wrong += not result.same
+        cells = (len(result.rows), f"{result.compared:,}", f"{result.differing:,}", f"{result.output_difference:g}")
+        kernels = (len(found.export.kernels) - len(found.export.floats), len(found.export.floats), f"{found.size_ratio:.3f}")
+        table.add_row(name, *map(str, (*cells, *kernels)))
+        if not result.same:
+            console.print(str(result), highlight=False, markup=False)
+    console.print(table)
+    console.print(f"{wrong} of {table.row_count} nets differ between the exact mode and the engine", highlight=False)
+    sys.exit(int(wrong > 0))
 
 
 if __name__ == "__main__":

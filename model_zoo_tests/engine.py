@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import timm
@@ -40,9 +41,26 @@ def qat_of(name: str, size: int, num_classes: int = 100, batch: int = 4) -> tupl
     return model.eval(), qat.eval(), batches
 
 
-def verified(name: str, size: int, folder: Path, batches: int, batch: int = 2) -> eagerq.Verification:
-    """Every code of ``batches`` random batches, in the engine and in the exact mode of the deployed model."""
-    _, qat, seen = qat_of(name, size)
+@dataclasses.dataclass(frozen=True)
+class Deployed:
+    """One net, deployed.
+
+    Attributes:
+        export: the file's kernels.
+        verification: every code of it, in the engine and in the exact mode.
+        size_ratio: bytes of the file over those of the float parameters and buffers.
+    """
+
+    export: eagerq.Export
+    verification: eagerq.Verification
+    size_ratio: float
+
+
+def verified(name: str, size: int, folder: Path, batches: int, batch: int = 2) -> Deployed:
+    """Deploy a net and compare it on random batches."""
+    model, qat, seen = qat_of(name, size)
+    of_float = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     deployed = eagerq.convert(qat, inplace=True)
-    path = eagerq.export_onnx(deployed, folder / f"{name}.onnx", seen[0])
-    return eagerq.verify_deployment(deployed, path, [torch.randn(batch, 3, size, size) for _ in range(batches)])
+    export = eagerq.export_onnx(deployed, folder / f"{name}.onnx", seen[0])
+    found = eagerq.verify_deployment(deployed, export, [torch.randn(batch, 3, size, size) for _ in range(batches)])
+    return Deployed(export, found, export.path.stat().st_size / of_float)
