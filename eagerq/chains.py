@@ -18,8 +18,8 @@ from eagerq.nn.intrinsic.fused import Fused
 from eagerq.nn.qat.base import QATBase
 from eagerq.nn.quantized import QuantizedModule
 from eagerq.record import full_name, records_in
-from eagerq.recorder import MAYBE_NOTHING, reading_function
 from eagerq.trace import tensors_in
+from eagerq.values import MAYBE_NOTHING, reading_function
 
 _REMEDY = (
     "example_inputs did not take this way; pass inputs that do among them (a list of inputs), so that the plan sees it,"

@@ -13,7 +13,6 @@ import random
 import sys
 import threading
 import types
-import weakref
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -27,68 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from eagerq.errors import ModelError
 from eagerq.surgery import names_of
 from eagerq.trace import Call, Context, Exit, Trace, outline, plain_in, settings_of, tensors_in
-
-#: Properties of a tensor that give values; every other property is a fact about it.
-_VALUE_PROPERTIES = frozenset({"data", "T", "mT", "H", "mH", "real", "imag", "grad", "_base", "__cuda_array_interface__"})
-#: Properties that give a tensor other values when they are set.
-_VALUES_SET = frozenset({"data", "real", "imag"})
-#: Functions that read facts about a tensor, not its values.
-_FACTS = frozenset(
-    "size dim ndimension stride numel nelement is_contiguous is_floating_point is_complex is_signed"
-    " element_size get_device storage_offset is_same_size is_tensor result_type can_cast is_inference"
-    " is_conj is_neg __len__ __hash__".split()
-)
-#: Functions that may return their very argument; when they do, nothing happened.
-MAYBE_NOTHING = frozenset(
-    "contiguous to float double half bfloat16 type type_as cpu cuda dropout dropout1d dropout2d dropout3d"
-    " alpha_dropout feature_alpha_dropout requires_grad_ expand view_as".split()
-)
-
+from eagerq.values import MAYBE_NOTHING, Values, reading_function
 
 #: Whether a forward is being watched here.
 watching: ContextVar[bool] = ContextVar("eagerq_watching", default=False)
-
-
-class _Values:
-    """Numbers the values: a tensor that is alive, at one version."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[tuple[int, int], int] = {}
-        self._tensors: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self._next = 0
-        self.shapes: dict[int, tuple[int, ...]] = {}
-
-    def number(self, tensor: Tensor) -> int:
-        found = self._tensors.get(id(tensor))
-        if found is None or found[0]() is not tensor:
-            self._next += 1
-            found = (weakref.ref(tensor), self._next)
-            self._tensors[id(tensor)] = found
-        try:
-            version = tensor._version
-        except RuntimeError:  # inference tensors count no versions, so no two looks at one are the same value
-            self._next += 1
-            version = self._next
-        key = (found[1], version)
-        if key not in self._numbers:
-            self._numbers[key] = len(self._numbers)
-            self.shapes[self._numbers[key]] = tuple(tensor.shape)
-        return self._numbers[key]
-
-    def rewritten(self) -> frozenset[int]:
-        """The values whose tensors were changed in place afterwards."""
-        last = dict(sorted(self._numbers))  # the highest version of each tensor
-        return frozenset(n for (uid, version), n in self._numbers.items() if version < last[uid])
-
-    def alive(self) -> set[int]:
-        numbers = set()
-        for ref, uid in self._tensors.values():
-            tensor = ref()
-            if tensor is not None and not tensor.is_inference():
-                number = self._numbers.get((uid, tensor._version))
-                if number is not None:
-                    numbers.add(number)
-        return numbers
 
 
 class _Recorder:
@@ -97,7 +38,7 @@ class _Recorder:
     def __init__(self, model: nn.Module, is_leaf: Callable[[nn.Module], bool], foreign: Mapping[int, str]) -> None:
         self.trace = Trace(training=model.training)
         self.foreign = foreign
-        self.values = _Values()
+        self.values = Values()
         self.names = {module: names[0] for module, names in names_of(model).items()}
         self.leaves = {module for module in self.names if is_leaf(module)}
         self.hooked = {m for m in self.leaves if m._forward_pre_hooks or m._forward_hooks}
@@ -137,6 +78,11 @@ class _Recorder:
                 self.values.number(tensor._base)
         self.inside -= 1
         return tuple(map(self.values.number, found))
+
+    def noted(self, item: Any, values: set[int]) -> Any:
+        """``item``; its values as they are now, whatever is done to them later, are added to ``values``."""
+        values.update(self.values.number(tensor) for tensor in tensors_in(item, deep=True))
+        return item
 
     def context(self) -> Context:
         """Whether gradients are recorded here, the number of the hooks on saved tensors (a checkpoint's) or 0, and autocast."""
@@ -264,18 +210,6 @@ def _lstm(x: Tensor, hx: Any, *args: Any) -> Any:
 _ON_META = {torch.batch_norm: _batch_norm, F.batch_norm: _batch_norm, torch.lstm: _lstm}
 
 
-def reading_function(func: Any) -> str | None:
-    """The name of a torch function that reads values; None for one that reads facts about tensors only."""
-    name: str = getattr(func, "__name__", str(func))
-    if name == "__get__":
-        name = getattr(getattr(func, "__self__", None), "__name__", "")
-        return name if name in _VALUE_PROPERTIES else None
-    if name == "__set__":
-        name = getattr(getattr(func, "__self__", None), "__name__", "")
-        return name if name in _VALUES_SET else None
-    return None if name in _FACTS else name
-
-
 class _Functions(TorchFunctionMode):
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
@@ -349,8 +283,9 @@ def record_forward(
     try:
         with _SavedState(), torch.enable_grad(), _Operators(recorder), _Functions(recorder):
             output = model(*args, **kwargs)
+            yielded: set[int] = set()
             if isinstance(output, types.GeneratorType):
-                output = list(output)
+                output = [recorder.noted(item, yielded) for item in output]
     finally:
         watching.reset(token)
         for handle in handles:
@@ -358,7 +293,7 @@ def record_forward(
     trace = recorder.trace
     trace.shapes = recorder.values.shapes
     trace.rewritten = recorder.values.rewritten()
-    trace.outputs = frozenset(recorder.values.number(t) for t in tensors_in(output, deep=True))
+    trace.outputs = frozenset((*yielded, *(recorder.values.number(t) for t in tensors_in(output, deep=True))))
     trace.returned = tuple(outline(output, recorder.values.number))
     for name, parameter in model.named_parameters(remove_duplicate=False):
         readers = trace.readers.get(recorder.values.number(parameter), [])

@@ -61,6 +61,12 @@ def values(output: Any) -> Iterator[Tensor]:
             yield from values(item)
 
 
+def yields(m: Any, x: Tensor) -> Iterator[Tensor]:
+    y = m.bn(m.conv(x))
+    yield y
+    yield m.relu(y)
+
+
 # --- modules asked for their type
 
 
@@ -151,6 +157,8 @@ TRAPS = (
     Net("lazy", returns(lambda x, y: map(torch.neg, [x, y])), TAIL, {"conv bn": "also an output of the model"}),
     Net("closure", returns(lambda x, y: lambda: [x, y]), TAIL, {"conv bn": "also an output of the model"}),
     Net("chain", returns(lambda x, y: itertools.chain([x], {"tap": y}.values())), TAIL, {"conv bn": "also an output"}),
+    Net("rewritten_once_given", net(yields, relu=nn.ReLU(inplace=True)), ("conv bn -> ConvBn2d",), {
+        "conv bn relu": "the output of bn is also an output of the model"}),
     Net("taps_by_type", lambda: Taps(lambda x, taps: taps), (), STAGES),
     Net("last_by_type", lambda: Taps(lambda x, taps: list(taps.values())[-1:]), ("features.0 features.1 -> ConvReLU2d",), {
         "features.2 features.3 features.4": "returns other things than before"}),
