@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,7 +32,6 @@ class Beyond:
         fused: number of chains by fused class, as text.
         inputs: random inputs for the laws on real tensors; None for structure only.
         guessed: whether structure is looked at on eagerq's own guess of inputs, else on ``inputs``.
-        out_of_reach: true chains that are refused, with words of the reason.
         qconfig: for the laws; None is the default.
     """
 
@@ -41,7 +40,6 @@ class Beyond:
     fused: str = ""
     inputs: Callable[[], Any] | None = None
     guessed: bool = True
-    out_of_reach: Mapping[str, str] = dataclasses.field(default_factory=dict)
     qconfig: Any = None
 
 
@@ -780,9 +778,8 @@ _TRANSFORMERS = (
     Beyond(
         "hf_maskformer",
         _maskformer,
-        fused="7 ConvBn2d, 9 ConvBnReLU2d, 2 LinearReLU",
+        fused="7 ConvBn2d, 9 ConvBnReLU2d, 4 LinearReLU",
         qconfig=_QUERIES,
-        out_of_reach={f"mask_embedder.{i}.0 mask_embedder.{i}.1": "past its name" for i in range(2)},
         inputs=pixels(),
         guessed=False,
     ),

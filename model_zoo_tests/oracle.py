@@ -178,8 +178,7 @@ def operator_links(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping
             output = list(output)
     for tensor in tensors(output):
         recorder.readers[recorder.value(tensor)].add(("the model's output", 0))
-    del output
-    gc.collect()
+    gc.collect()  # what is alive then is kept by the model, or by an output in a form that ``tensors`` does not know
     found: dict[str, set[str]] = defaultdict(set)
     seen = Seen(calls=recorder.calls)
     for name, axes, value, alive in recorder.given:

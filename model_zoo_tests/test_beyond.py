@@ -38,12 +38,7 @@ def test_the_plan_is_the_oracle_and_the_table(row: Beyond) -> None:
     assert ", ".join(f"{n} {name}" for name, n in sorted(fused.items())) == row.fused
 
     chains, refused = true_chains(model, looks_for(model, plan, inputs))
-    missed = {" ".join(chain) for chain in chains - {match.names for match in plan.matches}}
-    assert {match.names for match in plan.matches} <= chains
-    reasons = {" ".join(skip.names): skip.reason for skip in plan.skips}
-    assert missed == row.out_of_reach.keys()
-    for names, words in row.out_of_reach.items():
-        assert words in reasons[names]
+    assert {match.names for match in plan.matches} == chains
     named = [set(skip.names) for skip in plan.skips]
     assert [link for link in refused if not any(set(link) <= names for names in named)] == []
 

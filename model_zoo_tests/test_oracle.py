@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -41,6 +42,11 @@ def _kept(m: Any, x: Tensor) -> Tensor:
     return m.act(m.bn(m.seen))
 
 
+def _in_a_deque(m: Any, x: Tensor) -> Any:
+    y = m.conv(x)
+    return collections.deque([m.act(m.bn(y)), y])
+
+
 def _late_view(m: Any, x: Tensor) -> Tensor:
     y = m.conv(x)
     view = y.flatten(1)
@@ -55,6 +61,7 @@ CASES: dict[str, tuple[Callable[[Any, Tensor], Any], set[tuple[str, str]]]] = {
     "residual": (lambda m, x: m.act(m.bn(m.conv(x)) + x), {("conv", "bn")}),
     "read twice": (lambda m, x: m.act(m.bn(y := m.conv(x))) + y, {("bn", "act")}),
     "output": (lambda m, x: (m.act(y := m.bn(m.conv(x))), y), {("conv", "bn")}),
+    "output in a deque": (_in_a_deque, {("bn", "act")}),
     "changed in place": (_in_place, {("bn", "act")}),
     "kept on self": (_kept, {("bn", "act")}),
     "read through a view": (_late_view, {("bn", "act")}),
@@ -71,7 +78,7 @@ def test_operators(case: str, device: str) -> None:
     assert set(operator_links(model, (torch.empty(2, 3, 4, 4, device=device),)).links.items()) == expected
 
 
-@pytest.mark.parametrize("case", sorted(CASES.keys() - {"kept on self", "through dropout of nothing"}))
+@pytest.mark.parametrize("case", sorted(CASES.keys() - {"kept on self", "through dropout of nothing", "output in a deque"}))
 def test_graphs(case: str) -> None:
     forward, expected = CASES[case]
     seen = fx_links(Net(forward, nothing=nn.Identity()).eval())
