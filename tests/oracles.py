@@ -15,11 +15,13 @@ from rows import Geometry, Row
 from torch import nn
 
 import eagerq.nn
-from eagerq.quant import QuantSpec
+from eagerq.quant import QConfig, QuantSpec
 
 Array = Any
 LEAST_SCALE = 2.0**-40
 BIAS_ROOM = 2.0**30
+#: The most by which a bias on a grid of its own is shifted to that of the sums.
+BIAS_SHIFT = 2.0**16
 #: Below this largest code a channel is trained on its float weight (docstring of ``WithBn``).
 HEALTHY = 8
 
@@ -50,14 +52,24 @@ def is_nearest_code(q: float, x: float, scale: float, zero_point: int, low: int,
     return abs(Fraction(int(q)) - clipped) <= Fraction(1, 2) + slack * max(1, abs(exact))
 
 
+def scale_of(spec: QuantSpec, least: float) -> float:
+    """The least scale on the spec's grid that is no smaller."""
+    if not spec.power_of_two:
+        return max(least, LEAST_SCALE)
+    scale = LEAST_SCALE
+    while scale < least:
+        scale *= 2
+    return scale
+
+
 def grid(spec: QuantSpec, low: float, high: float) -> tuple[float, int]:
     """Scale and zero point that cover [low, high] and zero."""
     low, high = min(low, 0.0), max(high, 0.0)
     if spec.symmetric:
         levels = 2 ** (spec.bits - 1) - 1
-        return max(max(-low, high) / levels, LEAST_SCALE), 0 if spec.signed else 2 ** (spec.bits - 1)
+        return scale_of(spec, max(-low, high) / levels), 0 if spec.signed else 2 ** (spec.bits - 1)
     first, last = integer_range(spec)
-    scale = max((high - low) / (last - first), LEAST_SCALE)
+    scale = scale_of(spec, (high - low) / (last - first))
     return scale, min(max(first - round(low / scale), first), last)
 
 
@@ -219,9 +231,16 @@ def norm_map(norm: Any) -> tuple[Array, Array]:
 
 
 def deployed_weights(
-    row: Row, g: Geometry, spec: QuantSpec | None, weight: Array, bias: Array | None, norm: Any, input_scale: float | None
+    row: Row,
+    g: Geometry,
+    config: QConfig,
+    weight: Array,
+    bias: Array | None,
+    norm: Any,
+    input_scale: float | None,
 ) -> tuple[Array, Array | None]:
     """Fold, then codes by rint and clip, then real values again; bias codes where the input's scale is known."""
+    spec, of_bias = config.weight, config.bias
     if norm is not None:
         a, b = norm_map(norm)
         weight = times_channel(row, g, weight, a)
@@ -232,14 +251,17 @@ def deployed_weights(
     parts = len(channels(weight, axis))
     least = np.full(parts, LEAST_SCALE)
     if bias is not None and input_scale is not None:
+        own = isinstance(of_bias, QuantSpec)
         for c, b in enumerate(bias):  # channel c has scale c % parts
-            least[c % parts] = max(least[c % parts], abs(b) / (input_scale * BIAS_ROOM))
+            room = abs(bias).max() / (of_bias.quant_max * BIAS_SHIFT) if own else abs(b) / BIAS_ROOM
+            least[c % parts] = scale_of(spec, max(least[c % parts], room / input_scale))
     _codes, scales, _ = quantize_weight(weight, spec, axis, least)
     real = fake_quantize_weight(weight, spec, axis, least)
-    if bias is not None and input_scale is not None:
-        bias = np.array(
-            [round(b / (input_scale * scales[c % parts])) * (input_scale * scales[c % parts]) for c, b in enumerate(bias)]
-        )
+    if bias is not None and input_scale is not None and of_bias is not None:
+        steps = [input_scale * scales[c % parts] for c in range(len(bias))]
+        if isinstance(of_bias, QuantSpec):
+            steps = [max(grid(of_bias, float(bias.min()), float(bias.max()))[0], *steps)] * len(bias)
+        bias = np.array([round(b / step) * step for b, step in zip(bias, steps, strict=True)])
     return real, bias
 
 

@@ -102,8 +102,18 @@ def specs(draw: st.DrawFn, per_channel: bool | None = None) -> QuantSpec:
         observer=draw(st.sampled_from(OBSERVERS)),  # type: ignore[arg-type]
         averaging_constant=draw(st.sampled_from([0.01, 0.1, 0.5, 1.0])),
         percentile=draw(st.sampled_from([90.0, 99.0, 99.9, 99.99, 100.0])),
+        power_of_two=draw(st.booleans()),
     )
 
 
 weight_specs = specs()
-qconfigs = st.builds(QConfig, activation=specs(per_channel=False), weight=weight_specs)
+
+
+@st.composite
+def qconfigs(draw: st.DrawFn) -> QConfig:
+    """Any config of an activation, a weight and a bias that is valid."""
+    activation, weight = draw(specs(per_channel=False)), draw(weight_specs)
+    kinds: list[Any] = ["int32", None]
+    if all(spec.symmetric and spec.power_of_two for spec in (activation, weight)):
+        kinds.append(QuantSpec(bits=draw(st.integers(4, 8)), signed=True, symmetric=True, power_of_two=True, observer="min_max"))
+    return QConfig(activation, weight, bias=draw(st.sampled_from(kinds)))

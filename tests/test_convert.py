@@ -322,8 +322,21 @@ PLACES = (
     Places(
         "tensorrt",
         lambda: nn.Sequential(Basic(), Basic(down=True)),
-        _places("input 0.conv1, input 0.conv2, input 1.conv1, input 1.conv2, input 1.downsample.0"),
+        _places("input 0.conv1, input 0.conv2, input 1.conv1, input 1.conv2, input 1.downsample.0, output 1.downsample.0"),
         dict.fromkeys(("0.conv1", "0.conv2", "1.conv1", "1.conv2", "1.downsample.0"), "this module"),
+        qconfig="tensorrt",
+    ),
+    Places(
+        "tensorrt_shortcuts",
+        lambda: Made(
+            lambda m, x: m.fc(m.pool(m.c(m.b(m.a(m.stem(x))))).flatten(1)),
+            stem=conv(), a=Basic(), b=Basic(down=True), c=Basic(), pool=nn.AdaptiveAvgPool2d(1), fc=nn.Linear(C, 3),
+        ),
+        _places("input stem, output stem, input a.conv2, input b.conv1, input b.conv2, input b.downsample.0,"
+                "output b.downsample.0, exit b.act2, input c.conv2, input fc"),
+        {"stem": "this module", "a.conv1": "the output of stem", "a.conv2": "this module", "b.conv1": "this module",
+         "b.conv2": "this module", "b.downsample.0": "this module", "c.conv1": "the output of b.act2",
+         "c.conv2": "this module", "fc": "this module"},
         qconfig="tensorrt",
     ),
     Places(
@@ -379,7 +392,7 @@ def test_placed_nets_deploy(row: Places) -> None:
     assert not any(isinstance(m, eagerq.FakeQuantize) for m in deployed.modules())
     modules = [m for m in deployed.modules() if isinstance(m, QuantizedModule)]
     assert {m.weight_codes.dtype for m in modules} == {torch.int8}
-    known = [m for m in modules if m.bias_codes is not None and row.name != "weights_only"]
+    known = [m for m in modules if m.bias_codes is not None and row.qconfig is None]
     assert {m.bias_codes.dtype for m in known} <= {torch.int32}
     assert all(m.bias_scale is not None for m in known)
 
@@ -675,11 +688,12 @@ def test_deployed_small_model(preset: str) -> None:
     qat.eval()
     for n in (1, 7):
         assert torch.equal(deployed(picture(9, n)), qat(picture(9, n)))
+    config = eagerq.PRESETS[preset]
     modules = {name: m for name, m in deployed.named_modules() if isinstance(m, QuantizedModule)}
     assert modules.keys() == {name for name, m in qat.named_modules() if isinstance(m, QATOp)}
     for module in modules.values():
-        assert module.weight_codes.dtype == torch.int8
-        assert module.bias_codes.dtype == torch.int32
+        assert module.weight_codes.dtype == (torch.int8 if config.weight.signed else torch.uint8)
+        assert module.bias_codes.dtype == {None: torch.float32, "int32": torch.int32}.get(config.bias, torch.int8)
         assert not list(module.parameters(recurse=False))
     assert not [m for m in deployed.modules() if isinstance(m, (nn.BatchNorm2d, nn.Conv2d, eagerq.FakeQuantize))]
     assert not any(m.training for m in deployed.modules())

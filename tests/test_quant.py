@@ -36,6 +36,9 @@ from eagerq.quant import (
 from eagerq.quant.functional import straight_through
 from eagerq.quant.spec import OBSERVERS, as_mapping, selects
 
+SHIFTED = QuantSpec(signed=True, symmetric=True, power_of_two=True)
+
+
 # --- specs
 
 
@@ -105,14 +108,22 @@ def test_specs_and_configs_are_frozen_values() -> None:
 
 
 def test_presets_are_those_of_the_engines() -> None:
+    u8, s8 = "u8 affine [0, 255] by moving_average", "s8 affine [-128, 127] by moving_average"
+    per_channel = "s8 symmetric per channel [-127, 127] by min_max"
+    shifted = "s8 symmetric power-of-two [-128, 127] by"
     assert {name: str(config) for name, config in PRESETS.items()} == {
-        "onnxruntime": "activation u8 affine [0, 255] by moving_average;"
-        " weight s8 symmetric per channel [-127, 127] by min_max; at outputs; split activations",
+        "onnxruntime": f"activation {u8}; weight {per_channel}; at outputs; split activations",
+        "onnxruntime-arm": f"activation {s8}; weight {per_channel}; at outputs; split activations",
+        "openvino": f"activation {u8}; weight {per_channel}; at outputs",
         "tensorrt": "activation s8 symmetric [-128, 127] by moving_average;"
-        " weight s8 symmetric per channel [-127, 127] by min_max; at inputs",
-        "per_tensor": "activation u8 affine [0, 255] by moving_average; weight s8 affine [-128, 127] by min_max; at outputs;"
-        " split activations",
+        f" weight {per_channel}; bias float; at inputs",
+        "qnn": f"activation {u8}; weight u8 affine [0, 255] by min_max; at outputs; split activations (gates: sigmoid);"
+        " last outputs quantized",
+        "vitis": f"activation {shifted} moving_average; weight {shifted} min_max; bias {shifted} min_max; at outputs;"
+        " split activations; last outputs quantized",
+        "per_tensor": f"activation {u8}; weight s8 affine [-128, 127] by min_max; at outputs; split activations",
     }
+    assert len(set(PRESETS.values())) == len(PRESETS)
     for name, config in PRESETS.items():
         assert get_qconfig(name) is config
         assert get_qconfig(config) is config
@@ -125,6 +136,14 @@ def test_presets_are_those_of_the_engines() -> None:
         lambda: QConfig(activation=None, weight=8),  # type: ignore[arg-type]
         lambda: QConfig(activation=QuantSpec(symmetric=True, per_channel=True), weight=None),
         lambda: QConfig(activation=None, weight=None, placement="everywhere"),  # type: ignore[arg-type]
+        lambda: QConfig(activation=None, weight=None, gates=("tanh",)),
+        lambda: QConfig(activation=None, weight=None, gates="sigmoid"),  # type: ignore[arg-type]
+        lambda: QConfig(QuantSpec(), QuantSpec(), bias="int16"),  # type: ignore[arg-type]
+        lambda: QConfig(QuantSpec(), SHIFTED, bias=SHIFTED),
+        lambda: QConfig(SHIFTED, None, bias=SHIFTED),
+        lambda: QConfig(SHIFTED, SHIFTED, bias=QuantSpec(signed=True, symmetric=True)),
+        lambda: QConfig(SHIFTED, SHIFTED, bias=dataclasses.replace(SHIFTED, signed=False)),
+        lambda: QConfig(SHIFTED, SHIFTED, bias=dataclasses.replace(SHIFTED, per_channel=True)),
         lambda: get_qconfig("qnnpack"),
         lambda: get_qconfig(None),  # type: ignore[arg-type]
         lambda: as_mapping(3),  # type: ignore[arg-type]
@@ -141,7 +160,7 @@ def test_senseless_configs_are_errors(make: Any) -> None:
 
 
 def test_unknown_preset_lists_the_presets() -> None:
-    with pytest.raises(SpecError, match="unknown preset 'qnnpack'; the presets are onnxruntime, tensorrt, per_tensor"):
+    with pytest.raises(SpecError, match=f"unknown preset 'qnnpack'; the presets are {', '.join(PRESETS)}"):
         get_qconfig("qnnpack")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from eagerq.nn.integer import codes_of, integer_map
 from eagerq.nn.modules.hooks import POST_HOOKS, PRE_HOOKS, share_hooks
 from eagerq.nn.modules.ops import Op
-from eagerq.nn.qat.base import QATBase, QATOp
+from eagerq.nn.qat.base import QATBase, QATOp, on_sums
 from eagerq.quant.codes import encode
 from eagerq.quant.engine import EngineProfile
 from eagerq.quant.fake_quantize import FakeQuantize
@@ -75,9 +75,9 @@ class QuantizedModule(QuantState):
     :math:`q_w, q_b`. ``op`` is that of the QAT class the module came from.
 
     Buffers: ``weight_codes`` (int8 or uint8, shape of the float weight), ``weight_scale`` and
-    ``weight_zero_point`` (``(1,)`` or ``(channels,)``), ``bias_codes`` (int32, ``(C_out,)``) and
-    ``bias_scale``. Where the input is not quantized the bias is real and ``bias_scale`` None; where the
-    qconfig keeps the weight float, it is real and ``weight_scale`` None. ``weight`` and ``bias`` are the real
+    ``weight_zero_point`` (``(1,)`` or ``(channels,)``), ``bias_codes`` (``(C_out,)``; int32, or int8 on a grid of
+    its own) and ``bias_scale``. Where the input is not quantized, or the qconfig keeps the bias float, it is real
+    and ``bias_scale`` None; where the qconfig keeps the weight float, it is real and ``weight_scale`` None. ``weight`` and ``bias`` are the real
     values of the codes, for code that reads them from outside.
     """
 
@@ -115,7 +115,9 @@ class QuantizedModule(QuantState):
         self.register_buffer("weight_codes", stored.codes.to(code))
         self.weight_scale = stored.scale.clone()
         self.weight_zero_point = stored.zero_point.to(code)
-        bias = stored.bias if stored.bias_codes is None else stored.bias_codes.to(torch.int32)
+        of_bias = qat.qconfig.bias
+        bias_code = code_dtype(of_bias) if isinstance(of_bias, QuantSpec) else torch.int32
+        bias = stored.bias if stored.bias_codes is None else stored.bias_codes.to(bias_code)
         self.register_buffer("bias_codes", None if bias is None else bias.detach().clone())
         self.bias_scale = stored.bias_scale
         self.axis = qat.weight_fake_quant.axis
@@ -179,7 +181,10 @@ class QuantizedModule(QuantState):
             input = self.input_fake_quant(input)
         codes = None if self.profile is None else codes_of(input)
         if codes is not None and self.weight_scale is not None and (self.bias_codes is None or self.bias_scale is not None):
-            out: Tensor = integer_map(self, codes, self._weight_about_zero(), self.weight_scale, self.bias_codes, args, kwargs)  # type: ignore[arg-type]
+            bias = self.bias_codes
+            if bias is not None and self.bias_scale is not None and bias.dtype != torch.int32:
+                bias = on_sums(bias, self.bias_scale, codes, self.weight_scale)
+            out: Tensor = integer_map(self, codes, self._weight_about_zero(), self.weight_scale, bias, args, kwargs)  # type: ignore[arg-type]
         else:
             op: Any = self.op_class.op
             out = op(self, input, self.weight, self.bias, *args, **kwargs)

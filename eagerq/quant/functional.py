@@ -18,13 +18,19 @@ def computing_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def power_of_two(x: Tensor) -> Tensor:
+    r""":math:`2^{\lceil \log_2 x \rceil}` of positive ``x``, exactly: the least power of two that is not below it."""
+    mantissa, exponent = torch.frexp(x)  # x = mantissa 2^exponent, the mantissa in [1/2, 1)
+    return torch.ldexp(torch.ones_like(x), exponent - (mantissa == 0.5).to(exponent.dtype))
+
+
 def quantization_params(spec: QuantSpec, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     r"""Scale and zero point of the grid that covers ``[low, high]`` and holds zero exactly.
 
     Symmetric: :math:`s = \max(|low|, |high|) / n` with :math:`n = q_{max}` (signed) or
     :math:`2^{bits-1} - 1`. Affine: :math:`s = (h - l) / (q_{max} - q_{min})`,
     :math:`z = \mathrm{clip}(q_{min} - \mathrm{rint}(l / s))` with
-    :math:`l = \min(low, 0), h = \max(high, 0)`.
+    :math:`l = \min(low, 0), h = \max(high, 0)`. Power of two: :math:`s` is raised to the next :math:`2^k`.
 
     Args:
         spec: the integer grid.
@@ -38,8 +44,10 @@ def quantization_params(spec: QuantSpec, low: Tensor, high: Tensor) -> tuple[Ten
     if spec.symmetric:
         levels = 2 ** (spec.bits - 1) - 1
         scale = (torch.maximum(-low, high) / levels).clamp_min(MIN_SCALE)
+        scale = power_of_two(scale) if spec.power_of_two else scale
         return scale, torch.full_like(scale, spec.fixed_zero_point, dtype=torch.int32)
     scale = ((high - low) / (spec.quant_max - spec.quant_min)).clamp_min(MIN_SCALE)
+    scale = power_of_two(scale) if spec.power_of_two else scale
     zero_point = (spec.quant_min - torch.round(low / scale)).clamp(spec.quant_min, spec.quant_max)
     return scale, zero_point.to(torch.int32)
 

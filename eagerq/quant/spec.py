@@ -16,6 +16,7 @@ Placement = Literal["outputs", "inputs"]
 
 OBSERVERS: tuple[str, ...] = ("min_max", "moving_average", "percentile", "mse")
 PLACEMENTS: tuple[str, ...] = ("outputs", "inputs")
+GATES: tuple[str, ...] = ("sigmoid", "hardsigmoid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,8 @@ class QuantSpec:
             except with ``"moving_average"``.
         averaging_constant: weight of the newest batch in a moving average, in (0, 1].
         percentile: share of values inside the range, in percent, for ``"percentile"``.
+        power_of_two: the scale is :math:`2^{k}`, the least that leaves the range without overflow (engines that
+            shift instead of multiply; what AMD's quantizers call ``NonOverflow``).
 
     Raises:
         SpecError: for a combination that no integer grid has.
@@ -52,6 +55,7 @@ class QuantSpec:
     observer: ObserverName = "moving_average"
     averaging_constant: float = 0.01
     percentile: float = 99.99
+    power_of_two: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 2 <= self.bits <= 8:
@@ -94,6 +98,7 @@ class QuantSpec:
 
     def __str__(self) -> str:
         kind = "symmetric" if self.symmetric else "affine"
+        kind += " power-of-two" if self.power_of_two else ""
         where = " per channel" if self.per_channel else ""
         return f"{'s' if self.signed else 'u'}{self.bits} {kind}{where} [{self.quant_min}, {self.quant_max}] by {self.observer}"
 
@@ -106,19 +111,30 @@ class QConfig:
         activation: spec of the tensors between modules; None leaves them float (weight only).
         weight: spec of the weight; None leaves it float.
         placement: ``"outputs"`` quantizes a tensor once, where it is produced (ONNX Runtime, most
-            integer engines); ``"inputs"`` quantizes where a quantized module reads (TensorRT).
+            integer engines); ``"inputs"`` quantizes where a quantized module reads, and the shortcut of a residual
+            add that a linear map can take in (TensorRT).
         split_activations: quantize between a linear map and an activation that the engine runs as an integer
             kernel of its own (sigmoid, LeakyReLU; SiLU and Hardswish as x times their gate), rather than
             after both (ONNX Runtime: without it such a convolution runs in float).
+        bias: ``"int32"`` stores the bias on the grid of the sums it is added to, input scale times weight scale; a
+            ``QuantSpec`` on a grid of its own, which only shifts can reach, so that all three grids must be
+            powers of two (DPUs); None leaves it float (TensorRT).
+        gates: of SiLU (``"sigmoid"``) and Hardswish (``"hardsigmoid"``), those that are split into x times their gate; the
+            other is quantized before and after, and stays whole (engines with a kernel of its own for it).
+        quantize_last: quantize the results of the last linear layers too, for engines that compute nothing in float.
 
     Raises:
-        SpecError: if a spec is not a ``QuantSpec``, or the activations' spec is per channel.
+        SpecError: if a spec is not a ``QuantSpec``, the activations' or the bias's spec is per channel, or the bias's
+            grid cannot be reached by shifts.
     """
 
     activation: QuantSpec | None
     weight: QuantSpec | None
     placement: Placement = "outputs"
     split_activations: bool = False
+    bias: QuantSpec | Literal["int32"] | None = "int32"
+    gates: tuple[str, ...] = GATES
+    quantize_last: bool = False
 
     def __post_init__(self) -> None:
         for field in ("activation", "weight"):
@@ -127,6 +143,19 @@ class QConfig:
                 raise SpecError(f"QConfig.{field} must be a QuantSpec or None, found {type(value).__name__}.")
         if self.activation is not None and self.activation.per_channel:
             raise SpecError("activations have one scale a tensor; pass per_channel=False in QConfig.activation.")
+        if isinstance(self.bias, QuantSpec):
+            specs = {"activation": self.activation, "weight": self.weight, "bias": self.bias}
+            other = [name for name, spec in specs.items() if spec is None or not (spec.symmetric and spec.power_of_two)]
+            if other or self.bias.fixed_zero_point or self.bias.per_channel:
+                raise SpecError(
+                    "a bias has a grid of its own only where shifts reach it: activation, weight and bias symmetric, each scale"
+                    f" a power of two, the bias signed with one scale a tensor; found {', '.join(other) or 'bias'} otherwise."
+                    " Pass bias='int32' or bias=None."
+                )
+        elif self.bias not in ("int32", None):
+            raise SpecError(f"QConfig.bias must be 'int32', a QuantSpec or None, found {self.bias!r}.")
+        if not isinstance(self.gates, tuple) or not set(self.gates) <= set(GATES):
+            raise SpecError(f"gates must be a tuple of some of {', '.join(GATES)}, found {self.gates!r}.")
         if self.placement not in PLACEMENTS:
             raise SpecError(f"placement must be one of {', '.join(PLACEMENTS)}, found {self.placement!r}.")
 
@@ -135,25 +164,32 @@ class QConfig:
         return QConfigMapping(self).override(rule, qconfig)
 
     def __str__(self) -> str:
-        split = "; split activations" if self.split_activations else ""
-        return f"activation {self.activation or 'float'}; weight {self.weight or 'float'}; at {self.placement}{split}"
+        rest = f"; bias {self.bias or 'float'}" if self.bias != "int32" else ""
+        rest += f"; at {self.placement}"
+        if self.split_activations:
+            rest += "; split activations" + ("" if self.gates == GATES else f" (gates: {', '.join(self.gates) or 'none'})")
+        rest += "; last outputs quantized" if self.quantize_last else ""
+        return f"activation {self.activation or 'float'}; weight {self.weight or 'float'}{rest}"
 
 
 #: Selects modules: a name with ``*`` and ``?`` as in a shell, or a module type (matched exactly).
 Rule = str | type[nn.Module]
 
+_WEIGHT = QuantSpec(signed=True, symmetric=True, per_channel=True, narrow_range=True, observer="min_max")
+_SHIFTED = QuantSpec(signed=True, symmetric=True, power_of_two=True)
+_SHIFTED_WEIGHT = dataclasses.replace(_SHIFTED, observer="min_max")
+
+#: Each is what an engine's documentation asks for; ``docs/presets.md`` says what was run and what was only checked.
 PRESETS: Mapping[str, QConfig] = {
-    "onnxruntime": QConfig(
-        activation=QuantSpec(),
-        weight=QuantSpec(signed=True, symmetric=True, per_channel=True, narrow_range=True, observer="min_max"),
-        split_activations=True,
+    "onnxruntime": QConfig(QuantSpec(), _WEIGHT, split_activations=True),
+    "onnxruntime-arm": QConfig(QuantSpec(signed=True), _WEIGHT, split_activations=True),
+    "openvino": QConfig(QuantSpec(), _WEIGHT),
+    "tensorrt": QConfig(QuantSpec(signed=True, symmetric=True), _WEIGHT, placement="inputs", bias=None),
+    "qnn": QConfig(
+        QuantSpec(), QuantSpec(observer="min_max"), split_activations=True, gates=("sigmoid",), quantize_last=True
     ),
-    "tensorrt": QConfig(
-        activation=QuantSpec(signed=True, symmetric=True),
-        weight=QuantSpec(signed=True, symmetric=True, per_channel=True, narrow_range=True, observer="min_max"),
-        placement="inputs",
-    ),
-    "per_tensor": QConfig(activation=QuantSpec(), weight=QuantSpec(signed=True, observer="min_max"), split_activations=True),
+    "vitis": QConfig(_SHIFTED, _SHIFTED_WEIGHT, split_activations=True, bias=_SHIFTED_WEIGHT, quantize_last=True),
+    "per_tensor": QConfig(QuantSpec(), QuantSpec(signed=True, observer="min_max"), split_activations=True),
 }
 
 

@@ -14,15 +14,19 @@ from eagerq.nn.intrinsic.fused import Fused, type_name
 from eagerq.nn.modules.batchnorm import HoldsNorm
 from eagerq.nn.modules.hooks import POST_HOOKS, PRE_HOOKS, release_hooks, share_hooks
 from eagerq.nn.modules.ops import Op
+from eagerq.quant.codes import Coded
 from eagerq.quant.engine import EngineProfile
 from eagerq.quant.fake_quantize import FakeQuantize
-from eagerq.quant.functional import MIN_SCALE, dequantize, quantize, straight_through
-from eagerq.quant.spec import QConfig, QConfigLike, get_qconfig
+from eagerq.quant.functional import MIN_SCALE, dequantize, power_of_two, quantization_params, quantize, straight_through
+from eagerq.quant.spec import QConfig, QConfigLike, QuantSpec, get_qconfig
 
 _Self = TypeVar("_Self", bound="QATBase")
 
 #: int32 biases stay below this magnitude, so that the accumulator has room.
 _BIAS_LIMIT = 2.0**30
+#: The most a bias on a grid of its own is shifted to that of the sums: the DPU compiler's bound on ``shift_bias``
+#: (Vitis AI 3.5, vai_q_onnx/refine.py).
+_BIAS_SHIFT = 2.0**16
 
 _BOOKKEEPING = frozenset(vars(nn.Module())) | {"training"}
 
@@ -36,8 +40,8 @@ class QuantizedWeight:
         scale: real value of one code, ``(1,)`` or ``(channels,)`` along ``axis``.
         zero_point: int32, of the shape of ``scale``.
         bias: real, ``(C_out,)``, or None.
-        bias_codes: int32 codes of the bias held in float64, or None where the input's scale is unknown.
-        bias_scale: real value of one bias code, ``(C_out,)``, or None.
+        bias_codes: codes of the bias held in float64, or None where the input's scale is unknown or the qconfig keeps it float.
+        bias_scale: real value of one bias code, ``(C_out,)``, ``(1,)`` for a bias on a grid of its own, or None.
         weight: the real weight the codes stand for, of the weight's shape and dtype.
     """
 
@@ -48,6 +52,12 @@ class QuantizedWeight:
     bias_codes: Tensor | None
     bias_scale: Tensor | None
     weight: Tensor
+
+
+def on_sums(bias: Tensor, bias_scale: Tensor, x: Coded, weight_scale: Tensor) -> Tensor:
+    r"""Codes of a bias on a grid of its own, in units of the sums :math:`s_x s_w`: shifted, by a power of two."""
+    unit = (x.grid.scale * weight_scale.reshape(-1).float()).double()
+    return bias.double() * (bias_scale.double() / unit.repeat(bias.numel() // unit.numel()))
 
 
 class QATBase(nn.Module):
@@ -192,7 +202,10 @@ class QATOp(Op, QATBase):
                 stored = self.quantized_weight()
                 if stored.bias is None or stored.bias_codes is not None:
                     zero = self.weight_fake_quant.along_axis(stored.zero_point, stored.codes.dim())
-                    return integer_map(self, codes, stored.codes - zero, stored.scale, stored.bias_codes, args, kwargs)
+                    bias, of_bias = stored.bias_codes, stored.bias_scale
+                    if bias is not None and of_bias is not None and isinstance(self.qconfig.bias, QuantSpec):
+                        bias = on_sums(bias, of_bias, codes, stored.scale)
+                    return integer_map(self, codes, stored.codes - zero, stored.scale, bias, args, kwargs)
             weight, bias = self.deployed()
             return self.op(input, weight, bias, *args, **kwargs)
         return self.train_compute(input, *args, **kwargs)
@@ -241,8 +254,9 @@ class QATOp(Op, QATBase):
     def quantized_weight(self) -> QuantizedWeight:
         """The integers an engine stores of this module: codes of the folded weight and bias.
 
-        The bias has the scale input scale x weight scale where the input's scale is known. A weight
-        scale so small that the bias would leave int32 is raised; such weights are negligible beside it.
+        The bias has the scale input scale x weight scale where the input's scale is known, or at least that on a grid of
+        its own. A weight scale so small that the bias would leave int32 (or its shift) is raised; such weights are
+        negligible beside it.
 
         Raises:
             StateError: if the weight is kept float.
@@ -250,7 +264,7 @@ class QATOp(Op, QATBase):
         quantizer = self.weight_fake_quant
         if quantizer is None:
             raise StateError("wanted a quantized weight, but this module's qconfig keeps it float; give QConfig.weight a spec.")
-        spec = quantizer.spec
+        spec, of_bias = quantizer.spec, self.qconfig.bias
         weight, bias = self.folded()
         weight = weight.to(quantizer.scale.dtype)
         input_scale = self._input_scale()
@@ -259,9 +273,13 @@ class QATOp(Op, QATBase):
         scale, zero_point = quantizer.params_for(self.effective_weight() if itself else weight)
         floor = torch.full_like(scale, MIN_SCALE)
         if bias is not None and input_scale is not None:
-            need = bias.abs().to(scale.dtype) / (input_scale * _BIAS_LIMIT)
+            magnitude, limit = bias.abs().to(scale.dtype), _BIAS_LIMIT
+            if isinstance(of_bias, QuantSpec):  # one scale for all of it
+                magnitude, limit = magnitude.amax().expand_as(magnitude), of_bias.quant_max * _BIAS_SHIFT
+            need = magnitude / (input_scale * limit)
             # channel c has scale c % n: one a channel, one for all, or one for the same place in each group
             floor = torch.maximum(floor, need.reshape(-1, floor.numel()).amax(0))
+            floor = power_of_two(floor) if spec.power_of_two else floor
         ndim = weight.dim()
         if itself and factor is not None:
             magnitude = factor.abs().to(scale.dtype)
@@ -283,10 +301,13 @@ class QATOp(Op, QATBase):
             )
         real = dequantize(codes, quantizer.along_axis(scale, ndim), quantizer.along_axis(zero_point, ndim)).to(self.weight.dtype)
         bias_codes = bias_scale = None
-        if bias is not None and input_scale is not None:
-            channels = bias.shape[0]
+        if bias is not None and input_scale is not None and of_bias is not None:
             bias_scale = (input_scale * scale).reshape(-1)
-            bias_scale = bias_scale.repeat(channels // bias_scale.numel())
+            if isinstance(of_bias, QuantSpec):
+                own, _ = quantization_params(of_bias, *bias.to(scale.dtype).aminmax())
+                bias_scale = torch.maximum(own, bias_scale.amax()).reshape(1)  # not finer than the sums
+            else:
+                bias_scale = bias_scale.repeat(bias.shape[0] // bias_scale.numel())
             bias_codes = torch.round(bias.double() / bias_scale.double())
             bias = (bias_codes * bias_scale.double()).to(bias_scale.dtype)
         return QuantizedWeight(codes, scale, zero_point, bias, bias_codes, bias_scale, real)

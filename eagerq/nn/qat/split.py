@@ -42,7 +42,7 @@ def _is_tabled(act: nn.Module) -> bool:
 
 
 class SplitActivation(nn.Module):
-    r"""``act`` of a quantized input; SiLU and Hardswish as :math:`Q(x)\,Q(g(Q(x)))`.
+    r"""``act`` of a quantized input; SiLU and Hardswish as :math:`Q(x)\,Q(g(Q(x)))`, where the config names their gate.
 
     The output is quantized by the module that holds this one. ``input_fake_quant`` quantizes what the linear map
     gives, ``gate_fake_quant`` the gate (None without one).
@@ -54,7 +54,8 @@ class SplitActivation(nn.Module):
         super().__init__()
         self.act = act
         self.input_fake_quant: nn.Module = _quantizer(qconfig, like)
-        self.gate = _gate_of(act)
+        gate = _gate_of(act)
+        self.gate = gate if gate is not None and gate.__name__ in qconfig.gates else None
         self.gate_fake_quant = None if self.gate is None else _quantizer(qconfig, like)
         self.train(act.training)
 

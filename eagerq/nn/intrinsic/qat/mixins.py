@@ -34,7 +34,7 @@ class WithBn(HoldsNorm, QATOp):
     :math:`a W` are those of :math:`W` times :math:`\mathrm{sign}(a)`, so it computes
     :math:`\mathrm{BN}(\mathrm{op}(x, fq(W)))`: no division, no gradient through :math:`a`.
 
-    Any other spec (one scale a tensor; grouped transposed convolutions) depends on :math:`a`:
+    Any other spec (one scale a tensor; powers of two; grouped transposed convolutions) depends on :math:`a`:
     the textbook form quantizes :math:`a W` and divides by :math:`a` before the norm
     (Krishnamoorthi, 2018, arXiv:1806.08342). A channel whose :math:`a` is so small that its codes
     (nearly) vanish keeps its float weight before the norm, so that statistics stay those of the
@@ -70,9 +70,10 @@ class WithBn(HoldsNorm, QATOp):
 
     def quantizes_weight_itself(self) -> bool:
         spec = self.qconfig.weight
-        return spec is None or (
-            spec.per_channel and spec.symmetric and spec.narrow_range and self.scale_is_per_output(self.weight)
-        )
+        if spec is None:
+            return True
+        scales_along = spec.per_channel and spec.symmetric and spec.narrow_range and not spec.power_of_two
+        return scales_along and self.scale_is_per_output(self.weight)
 
     def compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.check_norm_input(input)
