@@ -51,7 +51,10 @@ class QuantizeDequantize(QuantState):
         self.register_buffer("scale", scale.detach().clone().reshape(()))
         self.register_buffer("zero_point", zero_point.detach().reshape(()).to(code_dtype(spec)))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, move: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Quantize, ``move`` and dequantize; an export moves the codes themselves."""
+        if move is not None and not torch.onnx.is_in_onnx_export():
+            x = move(x)
         if self.profile is not None:
             return encode(x, self.spec, self.scale, self.zero_point, self.profile)
         low, high = self.spec.quant_min, self.spec.quant_max
@@ -62,7 +65,8 @@ class QuantizeDequantize(QuantState):
             zero = self.zero_point.to(self.scale.dtype)
             x = torch.clamp(x, (low - zero) * self.scale, (high - zero) * self.scale)
         codes = _onnx("QuantizeLinear", (x, self.scale, self.zero_point), x, self.zero_point.dtype)
-        return _onnx("DequantizeLinear", (codes, self.scale, self.zero_point), x, self.scale.dtype)
+        codes = codes if move is None else move(codes)
+        return _onnx("DequantizeLinear", (codes, self.scale, self.zero_point), codes, self.scale.dtype)
 
     def extra_repr(self) -> str:
         return str(self.spec)

@@ -59,8 +59,8 @@ class SplitActivation(nn.Module):
         self.gate_fake_quant = None if self.gate is None else _quantizer(qconfig, like)
         self.train(act.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.input_fake_quant(x)
+    def forward(self, x: Tensor, *move: Callable[[Tensor], Tensor]) -> Tensor:
+        x = self.input_fake_quant(x, *move)  # a fixed quantizer moves what it quantizes
         if self.gate is None or self.gate_fake_quant is None:
             return self.act(x)  # type: ignore[no-any-return]
         if _quantizes(self.gate_fake_quant):
