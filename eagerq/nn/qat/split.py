@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eagerq.quant.codes import Coded, CodeTensor, hardsigmoid_sum
 from eagerq.quant.fake_quantize import FakeQuantize
 from eagerq.quant.spec import QConfig
 
@@ -45,7 +46,8 @@ class SplitActivation(nn.Module):
     r"""``act`` of a quantized input; SiLU and Hardswish as :math:`Q(x)\,Q(g(Q(x)))`, where the config names their gate.
 
     The output is quantized by the module that holds this one. ``input_fake_quant`` quantizes what the linear map
-    gives, ``gate_fake_quant`` the gate (None without one).
+    gives, ``gate_fake_quant`` the gate (None without one). Where the config names ``"hardsigmoid"``, a hard sigmoid is
+    exported as :math:`x/6 + 1/2` if its quantizer clips as it does (``sums``).
     """
 
     gate_fake_quant: nn.Module | None
@@ -57,14 +59,24 @@ class SplitActivation(nn.Module):
         gate = _gate_of(act)
         self.gate = gate if gate is not None and gate.__name__ in qconfig.gates else None
         self.gate_fake_quant = None if self.gate is None else _quantizer(qconfig, like)
+        hard = self.gate is F.hardsigmoid or type(act) is nn.Hardsigmoid or _computes(act, F.hardsigmoid)
+        self.sums = hard and "hardsigmoid" in qconfig.gates
         self.train(act.training)
+
+    def _of(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """``function``, which may be a hard sigmoid, of x."""
+        if self.sums and isinstance(x, CodeTensor) and isinstance(x.value, Coded):
+            return hardsigmoid_sum(x.value)
+        if self.sums and torch.onnx.is_in_onnx_export():  # by its name, whatever the library calls it
+            return F.hardsigmoid(x)
+        return function(x)
 
     def forward(self, x: Tensor, *move: Callable[[Tensor], Tensor]) -> Tensor:
         x = self.input_fake_quant(x, *move)  # a fixed quantizer moves what it quantizes
         if self.gate is None or self.gate_fake_quant is None:
-            return self.act(x)  # type: ignore[no-any-return]
+            return self._of(self.act, x)
         if _quantizes(self.gate_fake_quant):
-            return x * self.gate_fake_quant(self.gate(x))  # type: ignore[no-any-return]
+            return x * self.gate_fake_quant(self._of(self.gate, x))  # type: ignore[no-any-return]
         if self.training:  # it may learn its range
             with torch.no_grad():
                 self.gate_fake_quant(self.gate(x))

@@ -1,0 +1,134 @@
+"""Graph rewrites: the forms of a quantized graph that ONNX Runtime runs on codes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+from eagerq.quant.engine import Grid, hardsigmoid_is_sum
+
+#: Operators whose result holds only values of their first input, and that ONNX Runtime 1.32 runs on codes between a
+#: DequantizeLinear and a QuantizeLinear of the same grid. GatherND, Pad and SpaceToDepth it does not.
+_PAIRED = frozenset("Concat DepthToSpace Expand Flatten Gather ReduceMax Resize Split Tile".split())
+#: Such operators that it moves the DequantizeLinear behind by itself.
+_PASSED = frozenset("Identity MaxPool Reshape Slice Squeeze Transpose Unsqueeze".split())
+
+
+def _readers(graph: Any) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = defaultdict(list)
+    for node in graph.node:
+        for name in node.input:
+            found[name].append(node)
+    return found
+
+
+def _keeps_values(node: Any) -> bool:
+    modes = [attribute.s for attribute in node.attribute if attribute.name == "mode"]
+    return node.op_type != "Resize" or modes in ([], [b"nearest"])
+
+
+def pair_moves(onnx: Any, proto: Any) -> None:
+    """Write a quantizer's own grid again behind what only moves its values: engines drop both sides and move codes.
+
+    Without it such an operator runs in float, and the convolution that reads its result with it. Q(D(q)) is q: the real
+    value of a code of eight bits, over its scale, is nearer to the code than a half in float32.
+
+    The shape of a quantized tensor is read from its codes, so that no real values are made for it.
+    """
+    graph = proto.graph
+    stored = {initializer.name for initializer in graph.initializer}
+    readers = _readers(graph)
+    grids: dict[str, tuple[str, str]] = {}  # scale and zero point of each real value on a grid
+    codes: dict[str, str] = {}
+    nodes = []
+    for node in graph.node:
+        nodes.append(node)
+        if node.op_type == "DequantizeLinear" and node.input[0] not in stored and len(node.input) == 3:
+            grids[node.output[0]] = (node.input[1], node.input[2])
+            codes[node.output[0]] = node.input[0]
+        if node.op_type == "Shape":
+            node.input[0] = codes.get(node.input[0], node.input[0])
+        if node.op_type not in _PAIRED | _PASSED or not _keeps_values(node):
+            continue
+        sources = {grids.get(name) for name in (node.input if node.op_type == "Concat" else node.input[:1])}
+        grid = sources.pop()
+        if sources or grid is None:
+            continue
+        outputs = node.output[:1] if node.op_type == "MaxPool" else node.output
+        grids.update(dict.fromkeys(outputs, grid))
+        # a quantizer of its own behind it stays: of two pairs in a row ONNX Runtime makes one, on a third grid
+        if node.op_type in _PASSED or any(r.op_type == "QuantizeLinear" for name in outputs for r in readers[name]):
+            continue
+        for i, name in enumerate(node.output):
+            moved, again = f"{name}.moved", f"{name}.again"
+            node.output[i] = moved
+            nodes.append(onnx.helper.make_node("QuantizeLinear", [moved, *grid], [again], name=again))
+            nodes.append(onnx.helper.make_node("DequantizeLinear", [again, *grid], [name], name=f"{name}.pair"))
+            codes[name] = again
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def sum_hardsigmoids(onnx: Any, proto: Any, names: Collection[str]) -> None:
+    r"""Write :math:`\mathrm{clip}(x/6 + 1/2, 0, 1)` between quantizers as an Add of a sixth of the codes' scale and one half.
+
+    ONNX Runtime has QLinearAdd and no integer HardSigmoid. The clip is that of the codes, where
+    ``hardsigmoid_is_sum``; elsewhere the node stays.
+
+    Args:
+        onnx: the library.
+        proto: the model, changed in place.
+        names: of the HardSigmoid nodes that may become sums.
+    """
+    graph = proto.graph
+    values = {initializer.name: initializer for initializer in graph.initializer}
+    producers = {name: node for node in graph.node for name in node.output}
+    readers = _readers(graph)
+    outputs = {output.name for output in graph.output}
+    array = onnx.numpy_helper
+
+    def grid_of(node: Any) -> Grid | None:
+        if len(node.input) < 3 or not {node.input[1], node.input[2]} <= values.keys():
+            return None
+        scale, zero = (array.to_array(values[name]) for name in node.input[1:3])
+        kinds = {"uint8": (0, 255), "int8": (-128, 127)}
+        if zero.dtype.name not in kinds or scale.size != 1 or zero.size != 1:
+            return None
+        low, high = kinds[zero.dtype.name]
+        return Grid(torch.tensor(float(scale.item())), torch.tensor(float(zero.item())), low, high)
+
+    def constant(name: str, value: float, kind: int) -> str:
+        if name not in values:
+            values[name] = onnx.helper.make_tensor(name, kind, [], [value])
+            graph.initializer.append(values[name])
+        return name
+
+    nodes = []
+    for node in graph.node:
+        after = readers[node.output[0]] if node.name in names and node.op_type == "HardSigmoid" else []
+        before = producers.get(node.input[0]) if after else None
+        if before is not None and before.op_type == "DequantizeLinear" and [r.op_type for r in after] == ["QuantizeLinear"]:
+            of_x, grid = grid_of(before), grid_of(after[0])
+            if of_x is not None and grid is not None and hardsigmoid_is_sum(of_x, grid) and not outputs & {*node.output}:
+                scale, zero = before.input[1:3]
+                kind = values[zero].data_type
+                sixth = constant(f"{scale}.sixth", float(of_x.scale / 6), onnx.TensorProto.FLOAT)
+                half = [
+                    constant(f"half.code.{kind}", 1, kind),
+                    constant("half.scale", 0.5, onnx.TensorProto.FLOAT),
+                    constant(f"half.zero.{kind}", 0, kind),
+                ]
+                terms = [f"{node.output[0]}.sixth", f"{node.output[0]}.half"]
+                for inputs, term in (([before.input[0], sixth, zero], terms[0]), (half, terms[1])):
+                    nodes.append(onnx.helper.make_node("DequantizeLinear", inputs, [term], name=term))
+                nodes[-2].metadata_props.extend(before.metadata_props)  # the codes keep their quantizer's name
+                node.op_type = "Add"
+                node.input[:] = terms
+                del node.attribute[:]
+        nodes.append(node)
+    read = {name for node in nodes for name in node.input} | outputs
+    del graph.node[:]
+    graph.node.extend(node for node in nodes if read & {*node.output})
