@@ -112,8 +112,7 @@ def watch_copy(
         seen: list[Trace] = []
         try:
             for run in runs:
-                given = run.copied("meta" if on_meta else None)
-                seen.append(_watched(copied, given, is_leaf, parameters if mode and on_meta else [], foreign))
+                seen.append(_watched(copied, run, "meta" if on_meta else None, is_leaf, parameters if mode else [], foreign))
             traces += seen
         except ModelError:
             raise
@@ -129,6 +128,7 @@ def watch_copy(
 def _watched(
     model: nn.Module,
     run: Inputs,
+    device: str | None,
     is_leaf: Callable[[nn.Module], bool],
     parameters: Sequence[nn.Parameter],
     foreign: Mapping[int, str],
@@ -141,15 +141,17 @@ def _watched(
     if parameters:
         for parameter in parameters:
             parameter.requires_grad_(True)
+        given = run.copied(device)
         try:
-            recorded = record_forward(model, run.args, run.kwargs, is_leaf, foreign)
+            recorded = record_forward(model, given.args, given.kwargs, is_leaf, foreign)
         except Exception:  # what fails with gradients only fails in the caller's training as well
             recorded = None
         for parameter in parameters:
             parameter.requires_grad_(False)
     if recorded is not None and not recorded.kept:
         return recorded
-    trace = record_forward(model, run.args, run.kwargs, is_leaf, foreign)
+    given = run.copied(device)
+    trace = record_forward(model, given.args, given.kwargs, is_leaf, foreign)
     if recorded is not None:
         trace.contexts = recorded.contexts
     return trace

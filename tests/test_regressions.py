@@ -42,12 +42,27 @@ def test_an_average_of_weights_holds_finite_ranges() -> None:
     assert torch.isfinite(eagerq.convert(average.module)(images())).all()
 
 
-def test_checkpointed_densenet_counts_each_batch_once() -> None:
+class Checked(nn.Module):
+    """Looks at its input's values, so that it is watched on data."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.isfinite(x).all():
+            raise ValueError("NaN or infinity")
+        return self.net(x)
+
+
+@pytest.mark.parametrize("on_data", [False, True])
+def test_checkpointed_densenet_counts_each_batch_once(on_data: bool) -> None:
     """timm's memory-efficient DenseNet recomputes conv and norm in backward; fusing must not move a norm in or out."""
     torch.manual_seed(0)
     model = timm.create_model("densenet121", memory_efficient=True, num_classes=4).train()
-    fused = eagerq.fuse_modules(model)
+    model = Checked(model) if on_data else model
     x = torch.randn(2, 3, 32, 32)
+    fused = eagerq.fuse_modules(model, example_inputs=x)
     for m in (model, fused):
         m(x).square().sum().backward()
     state = eagerq.float_state_dict(fused)
