@@ -25,7 +25,7 @@ from torch import nn
 import eagerq
 from eagerq.inputs import runs_for
 from eagerq.surgery import meta_copy
-from model_zoo_tests.beyond import BEYOND, TORCHVISION, Beyond
+from model_zoo_tests.beyond import BEYOND, Beyond
 from model_zoo_tests.oracle import claimed_links, true_chains
 from model_zoo_tests.rules import claims, neighbours, siblings, torch_export_refuses, torch_fx_refuses
 from model_zoo_tests.structure import judged, looks_for
@@ -112,7 +112,7 @@ def measured(name: str, build: Callable[[], nn.Module], inputs: Any) -> Set:
 
 def beyond(row: Beyond) -> Set:
     """A model of torchvision or transformers; eagerq's own guess of inputs where the table relies on it."""
-    name = "torchvision" if row.name in TORCHVISION else "transformers"
+    name = "transformers" if row.name.startswith("hf_") else "torchvision"
     return measured(name, row.build, None if row.guessed or row.inputs is None else row.inputs())
 
 
