@@ -40,7 +40,8 @@ def plan_fusion(model: nn.Module, patterns: Any = None, example_inputs: Any = No
             DataLoader's batches are positional arguments: leave labels out, ``(x for x, _ in loader)``. A
             list is taken whole, of any other iterable the first 8 items. None where the model itself
             says what it takes (timm, torchvision, transformers). Each run is watched in train and in eval
-            mode, on the meta device where the model can (runs of equal shapes once), else on data.
+            mode, on the meta device where the model can (runs of equal shapes once), else on data. Without any, only
+            a model that is all ``nn.Sequential`` is known to run as it is registered, and only its chains are fused.
 
     Raises:
         ModelError: for something that is no eager float model.
