@@ -58,7 +58,7 @@ def watch(model: nn.Module, runs: Sequence[Inputs], is_leaf: Callable[[nn.Module
         positions.setdefault(run.form(), i)
     watched = tuple(runs[i] for i in positions.values())
     traces, failures = watch_copy(meta_copy(model), watched, is_leaf, modes, on_meta=True, original=model)
-    if failures or any(trace.autocasts for trace in traces):  # what fails on meta may run on data; nothing is cast there
+    if failures or any(trace.unlike_data for trace in traces):  # what fails on meta may still run on data
         on_meta = False
         watched, positions = tuple(runs), dict(enumerate(range(len(runs))))
         traces, failures = watch_copy(full_copy(model), watched, is_leaf, modes, on_meta=False, original=model)

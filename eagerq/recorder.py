@@ -87,7 +87,7 @@ class _Recorder:
     def context(self) -> Context:
         """Whether gradients are recorded here, the number of the hooks on saved tensors (a checkpoint's) or 0, and autocast."""
         autocast = _autocast()
-        self.trace.autocasts |= autocast[1:] != self.autocast[1:] and len(autocast) > 1
+        self.trace.unlike_data |= autocast[1:] != self.autocast[1:] and len(autocast) > 1
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         if not hooks:
             return torch.is_grad_enabled(), 0, autocast
@@ -167,6 +167,9 @@ class _Recorder:
         self.inside += 1
         try:
             result = func(*args, **kwargs)
+        except Exception:
+            self.trace.unlike_data = True  # should the model catch it
+            raise
         finally:
             self.inside -= 1
         outputs = self.numbers(result)

@@ -80,7 +80,8 @@ class Trace:
         changed_inputs, changed_outputs: leaf modules whose own hooks changed what they were given, or gave.
         settings: of leaf modules and what is in them, the plain attributes at each call (``training``, ``momentum``).
         elsewhere: modules that ran in other threads, where what is read is not seen.
-        autocasts: whether a leaf module ran under an autocast of the model's own.
+        unlike_data: whether shapes alone may have gone another way than data: an autocast of the model's own, which casts
+            nothing there, or a function that failed and the model went on.
     """
 
     calls: list[Call] = dataclasses.field(default_factory=list)
@@ -102,7 +103,7 @@ class Trace:
     changed_outputs: set[str] = dataclasses.field(default_factory=set)
     settings: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=lambda: defaultdict(list))
     elsewhere: set[str] = dataclasses.field(default_factory=set)
-    autocasts: bool = False
+    unlike_data: bool = False
 
     def calls_of(self, name: str) -> list[Call]:
         """The calls of a leaf module."""

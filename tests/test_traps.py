@@ -130,6 +130,15 @@ def cast_before(m: Any, x: Tensor) -> Tensor:
     return m.relu(y).float()
 
 
+def guesses(m: Any, x: Tensor) -> Tensor:
+    try:
+        bright = bool(x.mean() > -9)
+    except RuntimeError:  # where there are no values
+        bright = False
+    y = m.conv(x)
+    return m.relu(m.bn(y)) + y if bright else m.relu(m.bn(y))
+
+
 def in_a_thread(m: Any, x: Tensor) -> Tensor:
     with ThreadPoolExecutor(1) as pool:
         y = pool.submit(m.conv, x).result()
@@ -173,6 +182,7 @@ TRAPS = (
     Net("replaces_data", net(replaces_data), TAIL, {"conv bn": "function data"}),
     Net("cast_between", net(cast_between), TAIL, {"conv bn": "read by function float"}, on_meta=False),
     Net("cast_before", net(cast_before), (), {"conv relu": "or autocasts"}, on_meta=False),
+    Net("guesses", net(guesses), TAIL, {"conv bn": "function add"}, on_meta=False),
     Net("in_a_thread", net(in_a_thread), (), dict.fromkeys(("conv bn", "bn relu"), "'conv' in a thread of its own")),
     Net("hooks_around", hooked, (), {"block.0 bn": "block around one of them carries hooks on its gradients"}),
 )  # fmt: skip
