@@ -120,7 +120,7 @@ def test_presets_are_those_of_the_engines() -> None:
         "qnn": f"activation {u8}; weight u8 affine [0, 255] by min_max; at outputs; split activations (gates: sigmoid);"
         " last outputs quantized",
         "vitis": f"activation {shifted} moving_average; weight {shifted} min_max; bias {shifted} min_max; at outputs;"
-        " split activations; last outputs quantized",
+        " split activations (gates: sigmoid); last outputs quantized",
         "per_tensor": f"activation {u8}; weight s8 affine [-128, 127] by min_max; at outputs; split activations",
     }
     assert len(set(PRESETS.values())) == len(PRESETS)

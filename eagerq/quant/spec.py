@@ -120,7 +120,8 @@ class QConfig:
             ``QuantSpec`` on a grid of its own, which only shifts can reach, so that all three grids must be
             powers of two (DPUs); None leaves it float (TensorRT).
         gates: of SiLU (``"sigmoid"``) and Hardswish (``"hardsigmoid"``), those that are split into x times their gate; the
-            other is quantized before and after, and stays whole (engines with a kernel of its own for it).
+            other is quantized before and after, and stays whole (engines with a kernel of its own for it). Where
+            ``"hardsigmoid"`` is named, a hard sigmoid is exported as x/6 + 1/2, which its quantizer's ends clip.
         quantize_last: quantize the results of the last linear layers too, for engines that compute nothing in float.
 
     Raises:
@@ -188,7 +189,9 @@ PRESETS: Mapping[str, QConfig] = {
     "qnn": QConfig(
         QuantSpec(), QuantSpec(observer="min_max"), split_activations=True, gates=("sigmoid",), quantize_last=True
     ),
-    "vitis": QConfig(_SHIFTED, _SHIFTED_WEIGHT, split_activations=True, bias=_SHIFTED_WEIGHT, quantize_last=True),
+    "vitis": QConfig(
+        _SHIFTED, _SHIFTED_WEIGHT, split_activations=True, bias=_SHIFTED_WEIGHT, gates=("sigmoid",), quantize_last=True
+    ),
     "per_tensor": QConfig(QuantSpec(), QuantSpec(signed=True, observer="min_max"), split_activations=True),
 }
 
