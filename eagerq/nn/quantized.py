@@ -81,8 +81,8 @@ class QuantizedModule(QuantState):
     Buffers: ``weight_codes`` (int8 or uint8, shape of the float weight), ``weight_scale`` and
     ``weight_zero_point`` (``(1,)`` or ``(channels,)``), ``bias_codes`` (``(C_out,)``; int32, or int8 on a grid of
     its own) and ``bias_scale``. Where the input is not quantized, or the qconfig keeps the bias float, it is real
-    and ``bias_scale`` None; where the qconfig keeps the weight float, it is real and ``weight_scale`` None. ``weight`` and ``bias`` are the real
-    values of the codes, for code that reads them from outside.
+    and ``bias_scale`` None; where the qconfig keeps the weight float, it is real and ``weight_scale`` None.
+    ``weight`` and ``bias`` are the real values of the codes, for code that reads them from outside.
     """
 
     #: Set by ``exact_mode``: the engine whose arithmetic the forward follows.
