@@ -11,13 +11,17 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from eagerq.errors import StateError
+from eagerq.errors import SpecError, StateError
+from eagerq.nn import int8, integer
 from eagerq.nn.qat.base import QATBase
 from eagerq.nn.quantized import QuantizeDequantize, QuantizedModule, is_deployed, is_qat
 from eagerq.quant import codes
 from eagerq.quant.engine import EngineProfile, get_profile
 from eagerq.quant.fake_quantize import FakeQuantize
 from eagerq.tables import table
+
+#: What ``exact_mode`` computes with.
+KERNELS = ("float", "int8")
 
 
 @dataclasses.dataclass
@@ -27,18 +31,24 @@ class ExactRun:
     Attributes:
         profile: the engine followed.
         floats: how often each function ran on real values though it was given codes, by (function, module).
+        refused: linear maps whose exact sums were computed in floating point though ``kernels`` was ``"int8"``, by module:
+            the reason. Their codes are the same.
     """
 
     profile: EngineProfile
     floats: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
+    refused: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         rows = [(name, module or "(model)", str(n)) for (name, module), n in self.floats.items()]
-        return table(("function", "module", "times in float"), rows)
+        text = table(("function", "module", "times in float"), rows)
+        if self.refused:
+            text += "\n" + table(("no integer kernel for", "because"), [(n or "(model)", why) for n, why in self.refused.items()])
+        return text
 
 
 @contextlib.contextmanager
-def exact_mode(model: nn.Module, profile: EngineProfile | str = "onnxruntime-x64") -> Iterator[ExactRun]:
+def exact_mode(model: nn.Module, profile: EngineProfile | str = "onnxruntime-x64", kernels: str = "float") -> Iterator[ExactRun]:
     """Inside, the eval forward of a QAT or deployed model computes the codes that the engine computes.
 
     Quantizers give tensors that carry codes, and the model's own forward takes them along: linear maps, add, mul, ReLU,
@@ -49,14 +59,24 @@ def exact_mode(model: nn.Module, profile: EngineProfile | str = "onnxruntime-x64
     Args:
         model: QAT or deployed, called as a whole inside.
         profile: an ``EngineProfile`` or its name.
+        kernels: ``"float"`` holds codes in float32 and sums them in float32, or float64 where that is not exact.
+            ``"int8"`` computes the same codes in less memory on CPUs: codes between modules are one byte each, a
+            deployed model's weights stay int8, and convolutions and matrix products run in PyTorch's integer kernels.
+            What those do not take (transposed convolutions; everything on x86 processors without VNNI) is summed as
+            with ``"float"``, and listed.
 
     Yields:
         An ``ExactRun``, which lists what ran in float.
 
     Raises:
         StateError: for a float model.
+        SpecError: for an unknown profile or other kernels.
     """
     engine = get_profile(profile)
+    if kernels not in KERNELS:
+        raise SpecError(f"wanted kernels of {' or '.join(map(repr, KERNELS))}, found {kernels!r}.")
+    if kernels != engine.kernels:
+        engine = dataclasses.replace(engine, kernels=kernels)
     if not (is_qat(model) or is_deployed(model)):
         raise StateError("wanted a QAT or deployed model, found a float one; call eagerq.convert_qat first.")
     run = ExactRun(engine)
@@ -73,24 +93,28 @@ def exact_mode(model: nn.Module, profile: EngineProfile | str = "onnxruntime-x64
     def note(function: str) -> None:
         run.floats[function, inside[-1] if inside else ""] += 1
 
+    def refuse(reason: str) -> None:
+        run.refused[inside[-1] if inside else ""] = reason
+
     def plain(module: nn.Module, args: Any, output: Any) -> Any:
         return codes.decode(output)
 
     followers = [m for m in model.modules() if isinstance(m, (QATBase, QuantizedModule, QuantizeDequantize, FakeQuantize))]
-    before = codes.on_float
+    before = codes.on_float, integer.on_refusal
     handles = [
         register_module_forward_pre_hook(enter),
         register_module_forward_hook(leave, always_call=True),
         model.register_forward_hook(plain),
     ]
     try:
-        codes.on_float = note
+        codes.on_float, integer.on_refusal = note, refuse
         for module in followers:
             module.profile = engine
         yield run
     finally:
-        codes.on_float = before
+        codes.on_float, integer.on_refusal = before
         for module in followers:
             del module.profile
+        int8.forget(followers)
         for handle in handles:
             handle.remove()

@@ -144,9 +144,11 @@ class QuantizedModule(QuantState):
         return self
 
     def _weight_about_zero(self) -> Tensor:
-        """Codes less their zero point, float32."""
+        """Codes less their zero point, float32; int8, and the codes themselves, where that is what they are."""
         shape = [1] * self.weight_codes.dim()
         zero: Tensor = self.weight_zero_point  # type: ignore[assignment]
+        if self.weight_codes.dtype == torch.int8 and not zero.any():
+            return self.weight_codes
         if zero.numel() > 1:
             shape[self.axis] = -1
         return self.weight_codes.float() - zero.float().reshape(shape)
@@ -188,7 +190,8 @@ class QuantizedModule(QuantState):
             bias = self.bias_codes
             if bias is not None and self.bias_scale is not None and bias.dtype != torch.int32:
                 bias = on_sums(bias, self.bias_scale, codes, self.weight_scale)
-            out: Tensor = integer_map(self, codes, self._weight_about_zero(), self.weight_scale, bias, args, kwargs)  # type: ignore[arg-type]
+            kept = self.weight_codes, self.weight_zero_point
+            out: Tensor = integer_map(self, codes, self._weight_about_zero, self.weight_scale, bias, args, kwargs, kept)  # type: ignore[arg-type]
         else:
             op: Any = self.op_class.op
             out = op(self, input, self.weight, self.bias, *args, **kwargs)

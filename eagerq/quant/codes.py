@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from eagerq.quant.engine import EXACT_FLOAT32, EngineProfile, Grid
+from eagerq.quant.pieces import in_pieces, max_pool, moved
 from eagerq.quant.spec import QuantSpec
 
 
@@ -98,8 +99,8 @@ class Pending(Value):
         if self.low == -math.inf and self.high == math.inf:
             return codes
         bounds = torch.tensor([self.low, self.high], device=codes.device)
-        low, high = self.profile.quantize(bounds, grid)
-        return codes.clamp(low, high)
+        low, high = self.profile.quantize(bounds, grid).tolist()
+        return codes if (low, high) == (grid.low, grid.high) else codes.clamp(low, high)
 
     def shape(self) -> torch.Size:
         return self.size
@@ -154,23 +155,6 @@ class CodeTensor(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return func(*_real(args), **_real(kwargs or {}))
-
-
-#: Elementwise work on codes goes in pieces of this many values: what lies between codes is wider than they are.
-PIECE = 2**18
-
-
-def in_pieces(function: Callable[..., Tensor], *operands: Tensor) -> Tensor:
-    """An elementwise function of tensors that broadcast, computed in pieces along the axis that is outermost in memory."""
-    shape = torch.broadcast_shapes(*(operand.shape for operand in operands))  # type: ignore[no-untyped-call]
-    if shape.numel() <= PIECE:
-        return function(*operands)
-    views = [operand.reshape(*[1] * (len(shape) - operand.dim()), *operand.shape) for operand in operands]
-    axis = max(range(len(shape)), key=lambda i: max(v.stride(i) if v.shape[i] > 1 else 0 for v in views))
-    length = max(1, shape[axis] * PIECE // shape.numel())
-    pieces = range(0, shape[axis], length)
-    parts = ([v if v.shape[axis] == 1 else v[(slice(None),) * axis + (slice(i, i + length),)] for v in views] for i in pieces)
-    return torch.cat([function(*part) for part in parts], axis)
 
 
 def encode(x: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor, profile: EngineProfile) -> Tensor:
@@ -228,19 +212,6 @@ def _in_place(target: Any, result: CodeTensor) -> Any:
     return target
 
 
-def _on_codes(func: Any, codes: Tensor, args: Any, kwargs: Any) -> Any:
-    """What ``func`` moves; through float32 where it takes no bytes, or not in the memory format that a kernel left them in."""
-    if codes.is_floating_point():
-        return func(codes, *args, **kwargs)
-    try:
-        return func(codes, *args, **kwargs)
-    except RuntimeError:
-        moved = func(codes.contiguous().float(), *args, **kwargs)
-        if isinstance(moved, Tensor):
-            return moved.to(codes.dtype)
-        return type(moved)(part.to(codes.dtype) for part in moved)
-
-
 def _moved(func: Any, args: Any, kwargs: Any) -> Any:
     """A function that only moves values: it runs on the codes."""
     if not args or not isinstance(args[0], CodeTensor) or any(isinstance(a, CodeTensor) for a in (*args[1:], *kwargs.values())):
@@ -250,11 +221,11 @@ def _moved(func: Any, args: Any, kwargs: Any) -> Any:
         return _moved_pending(x, func, args[1:], kwargs)
     if not isinstance(x, Coded):
         return NotImplemented
-    moved = _on_codes(func, x.codes, args[1:], kwargs)
-    if isinstance(moved, Tensor):
-        return CodeTensor(dataclasses.replace(x, codes=moved)) if moved.dtype == x.codes.dtype else NotImplemented
-    if isinstance(moved, (tuple, list)) and all(isinstance(part, Tensor) for part in moved):
-        return type(moved)(CodeTensor(dataclasses.replace(x, codes=part)) for part in moved)
+    out = moved(func, x.codes, args[1:], kwargs)
+    if isinstance(out, Tensor):
+        return CodeTensor(dataclasses.replace(x, codes=out)) if out.dtype == x.codes.dtype else NotImplemented
+    if isinstance(out, (tuple, list)) and all(isinstance(part, Tensor) for part in out):
+        return type(out)(CodeTensor(dataclasses.replace(x, codes=part)) for part in out)
     return NotImplemented
 
 
@@ -269,7 +240,7 @@ def _moved_pending(x: Pending, func: Any, args: Any, kwargs: Any) -> Any:
             return pick(func(x.value(), *args, **kwargs))
 
         def codes(grid: Grid) -> Tensor:
-            return pick(_on_codes(func, x.codes(grid), args, kwargs))
+            return pick(moved(func, x.codes(grid), args, kwargs))
 
         return CodeTensor(dataclasses.replace(x, size=shape, value=value, codes=codes))
 
@@ -288,9 +259,16 @@ def _same(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _pooled_max(func: Any, args: Any, kwargs: Any) -> Any:
     """Max pooling: of codes, padded with minus infinity as that of reals is."""
-    if kwargs.get("return_indices"):
+    x = _operand(args[0])
+    if kwargs.get("return_indices", args[6] if len(args) > 6 else False):
         return NotImplemented
-    return _moved(func, args, kwargs)
+    if x is None or x.codes.is_floating_point() or func.__name__.startswith("adaptive"):
+        return _moved(func, args, kwargs)
+    shape = func(torch.empty(x.codes.shape, device="meta"), *args[1:], **kwargs).shape
+    pooled = shape[-int(func.__name__[8]) :]
+    names = ("kernel_size", "stride", "padding", "dilation")
+    given = dict(zip(names, args[1:])) | {name: kwargs[name] for name in names if name in kwargs}  # noqa: B905
+    return CodeTensor(dataclasses.replace(x, codes=max_pool(x.codes, pooled, **given)))
 
 
 def _clip(low: float, high: float, args: Any, in_place: bool) -> Any:
@@ -299,8 +277,8 @@ def _clip(low: float, high: float, args: Any, in_place: bool) -> Any:
     if isinstance(value, Pending):
         result = CodeTensor(value.clipped(low, high))
     else:
-        bounds = value.profile.quantize(torch.tensor([low, high]).to(value.codes.device), value.grid)
-        result = CodeTensor(dataclasses.replace(value, codes=value.codes.clamp(bounds[0], bounds[1])))
+        bounds = value.profile.quantize(torch.tensor([low, high]).to(value.codes.device), value.grid).tolist()
+        result = CodeTensor(dataclasses.replace(value, codes=value.codes.clamp(*bounds)))
     return _in_place(x, result) if in_place else result
 
 

@@ -101,7 +101,7 @@ class EngineProfile:
     def requantize(self, total: Tensor, factor: Tensor, grid: Grid) -> Tensor:
         r""":math:`\mathrm{rint}(f(\textit{total}) \cdot (s_x s_w / s)) + z` of an int32 sum; ``factor`` is :math:`s_x s_w`."""
         scaled = total.float() * (factor / grid.scale)
-        return grid.clip(scaled.round_().add_(grid.zero_point))
+        return scaled.round_().add_(grid.zero_point).clamp_(grid.low, grid.high).to(grid.dtype)
 
     def add(self, a: Tensor, of_a: Grid, b: Tensor, of_b: Grid, grid: Grid) -> Tensor:
         r""":math:`\mathrm{rint}(\mathrm{fma}(q_a, r_a, \mathrm{fma}(q_b, r_b, c)))`.

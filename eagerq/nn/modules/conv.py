@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def pad_same(x: Tensor, kernel_size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
-    r"""Zero-pad the last axes of ``x`` as TensorFlow's ``SAME``: :math:`out = \lceil in / stride \rceil`.
+def same_pads(sizes: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    r"""What TensorFlow's ``SAME`` adds to the last axes, as ``F.pad`` takes it: :math:`out = \lceil in / stride \rceil`.
 
     The odd element of padding goes to the end.
     """
     pads: list[int] = []
-    for size, k, s, d in zip(reversed(x.shape), reversed(kernel_size), reversed(stride), reversed(dilation), strict=False):
+    for size, k, s, d in zip(reversed(sizes), reversed(kernel_size), reversed(stride), reversed(dilation), strict=False):
         total = max((-(size // -s) - 1) * s + (k - 1) * d + 1 - size, 0)
         pads += [total // 2, total - total // 2]
-    return F.pad(x, pads)
+    return pads
+
+
+def pad_same(x: Tensor, kernel_size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
+    """``x`` with zeros added as ``same_pads`` says."""
+    return F.pad(x, same_pads(x.shape, kernel_size, stride, dilation))
 
 
 class Conv2dSame(nn.Conv2d):
