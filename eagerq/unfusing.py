@@ -84,6 +84,14 @@ def _apart(now: dict[str, nn.Module], match: Match, record: Record) -> dict[str,
             f"wanted the {match.fused.__name__} of {chain} at {first!r} and a module at each other name, found {found} there;"
             " it was replaced since. Put it back, or take the parts you need from the fused model."
         )
+    for name in match.names[1:]:
+        original = record.originals.get(name)
+        rest = None if original is None else integrations.expand(original).rest
+        if name not in match.copied and type(now[name]) is not type(rest or nn.Identity()):
+            raise StateError(
+                f"wanted the placeholder that fusing {chain} left at {name!r}, found a {type(now[name]).__name__}, which would be"
+                " lost; it was put there since. Put nn.Identity() back, or take the parts you need from the fused model."
+            )
     parts = list(fused)
     apart: dict[str, nn.Module] = {}
     for name in match.names:

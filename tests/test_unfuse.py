@@ -357,6 +357,10 @@ def test_a_chain_that_was_changed_is_named() -> None:
             eagerq.unfuse_modules(fused, inplace=True)
         assert snapshot(fused) == before
     fused = eagerq.fuse_modules(straight(), example_inputs=image())
+    fused.relu = conv()
+    with pytest.raises(StateError, match="at 'relu', found a Conv2d, which would be lost"):
+        eagerq.unfuse_modules(fused)
+    fused = eagerq.fuse_modules(straight(), example_inputs=image())
     del fused.bn
     with pytest.raises(StateError, match="a module at each other name"):
         eagerq.unfuse_modules(fused)
