@@ -100,6 +100,39 @@ def half(a: Tensor, b: Tensor) -> Tensor:
     return a.permute(0, 1, 3, 2).permute(0, 1, 3, 2)
 
 
+class Pyramid(nn.Module):
+    """Features of two sizes, joined as in a feature pyramid (nearest, added) and as in a U-Net (nearest, concatenated)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine, self.coarse = (nn.Sequential(nn.Conv2d(i, 8, 3, s, 1), nn.ReLU()) for i, s in ((3, 1), (8, 2)))
+        self.lateral, self.smooth = nn.Conv2d(8, 8, 1), nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU())
+        self.up, self.joined = nn.Upsample(scale_factor=2), nn.Sequential(nn.Conv2d(16, 8, 3, padding=1), nn.ReLU())
+        self.head = nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fine(x)
+        y = self.coarse(x)
+        z = self.smooth(self.lateral(x) + F.interpolate(y, size=x.shape[2:], mode="nearest"))
+        return self.head(self.joined(torch.cat([self.up(z), x], 1)))
+
+
+class Spatial(nn.Module):
+    """Halves that go separate ways, pooled and joined: all on one grid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.act = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()
+        self.two, self.act2, self.pool = nn.Conv2d(16, 8, 1), nn.ReLU(), nn.MaxPool2d(5, 1, 2)
+        self.three, self.head = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.act(self.one(x)).chunk(2, 1)
+        x = self.act2(self.two(torch.cat([right, self.pool(left), self.pool(self.pool(right)), left], 1)))
+        left, right = x.split(4, 1)
+        return self.head(torch.cat([self.three(left), right], 1))
+
+
 NETS: dict[str, Callable[[], nn.Module]] = {
     "added": Added,
     **{
@@ -110,6 +143,8 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "moved": lambda: Block(half, nn.ReLU()),
     "gate": lambda: Gate(nn.Sigmoid()),
     "hard_gate": lambda: Gate(nn.Hardsigmoid()),
+    "pyramid": Pyramid,
+    "spatial": Spatial,
     "mobilenet": lambda: timm.create_model("mobilenetv3_small_050", num_classes=10),
     "resnet": lambda: timm.create_model("resnet10t", num_classes=10),
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from eagerq.quant.engine import Grid, hardsigmoid_is_sum
+from eagerq.quant.engine import Grid, hardsigmoid_terms
 
 #: Operators whose result holds only values of their first input, and that ONNX Runtime 1.32 runs on codes between a
 #: DequantizeLinear and a QuantizeLinear of the same grid. GatherND, Pad and SpaceToDepth it does not.
@@ -63,10 +63,10 @@ def pair_moves(onnx: Any, proto: Any) -> None:
         if node.op_type in _PASSED or any(r.op_type == "QuantizeLinear" for name in outputs for r in readers[name]):
             continue
         for i, name in enumerate(node.output):
-            moved, again = f"{name}.moved", f"{name}.again"
+            moved, again = f"{name}/moved", f"{name}/again"
             node.output[i] = moved
             nodes.append(onnx.helper.make_node("QuantizeLinear", [moved, *grid], [again], name=again))
-            nodes.append(onnx.helper.make_node("DequantizeLinear", [again, *grid], [name], name=f"{name}.pair"))
+            nodes.append(onnx.helper.make_node("DequantizeLinear", [again, *grid], [name], name=f"{name}/pair"))
             codes[name] = again
     del graph.node[:]
     graph.node.extend(nodes)
@@ -75,8 +75,8 @@ def pair_moves(onnx: Any, proto: Any) -> None:
 def sum_hardsigmoids(onnx: Any, proto: Any, names: Collection[str]) -> None:
     r"""Write :math:`\mathrm{clip}(x/6 + 1/2, 0, 1)` between quantizers as an Add of a sixth of the codes' scale and one half.
 
-    ONNX Runtime has QLinearAdd and no integer HardSigmoid. The clip is that of the codes, where
-    ``hardsigmoid_is_sum``; elsewhere the node stays.
+    ONNX Runtime has QLinearAdd and no integer HardSigmoid. The clip is that of the codes, where there are
+    ``hardsigmoid_terms``; elsewhere the node stays.
 
     Args:
         onnx: the library.
@@ -90,8 +90,8 @@ def sum_hardsigmoids(onnx: Any, proto: Any, names: Collection[str]) -> None:
     outputs = {output.name for output in graph.output}
     array = onnx.numpy_helper
 
-    def grid_of(node: Any) -> Grid | None:
-        if len(node.input) < 3 or not {node.input[1], node.input[2]} <= values.keys():
+    def grid_of(node: Any, op: str) -> Grid | None:
+        if node.op_type != op or len(node.input) < 3 or not {*node.input[1:3]} <= values.keys():
             return None
         scale, zero = (array.to_array(values[name]) for name in node.input[1:3])
         kinds = {"uint8": (0, 255), "int8": (-128, 127)}
@@ -99,6 +99,15 @@ def sum_hardsigmoids(onnx: Any, proto: Any, names: Collection[str]) -> None:
             return None
         low, high = kinds[zero.dtype.name]
         return Grid(torch.tensor(float(scale.item())), torch.tensor(float(zero.item())), low, high)
+
+    def sum_of(node: Any) -> tuple[Any, tuple[Grid, Grid]] | None:
+        """The DequantizeLinear before a node that can be a sum, and the grids of its terms."""
+        before, after = producers.get(node.input[0]), readers[node.output[0]]
+        if before is None or len(after) != 1 or outputs & {*node.output}:
+            return None
+        of_x, grid = grid_of(before, "DequantizeLinear"), grid_of(after[0], "QuantizeLinear")
+        terms = None if of_x is None or grid is None else hardsigmoid_terms(of_x, grid)
+        return None if terms is None else (before, terms)
 
     def constant(name: str, value: float, kind: int) -> str:
         if name not in values:
@@ -108,26 +117,24 @@ def sum_hardsigmoids(onnx: Any, proto: Any, names: Collection[str]) -> None:
 
     nodes = []
     for node in graph.node:
-        after = readers[node.output[0]] if node.name in names and node.op_type == "HardSigmoid" else []
-        before = producers.get(node.input[0]) if after else None
-        if before is not None and before.op_type == "DequantizeLinear" and [r.op_type for r in after] == ["QuantizeLinear"]:
-            of_x, grid = grid_of(before), grid_of(after[0])
-            if of_x is not None and grid is not None and hardsigmoid_is_sum(of_x, grid) and not outputs & {*node.output}:
-                scale, zero = before.input[1:3]
-                kind = values[zero].data_type
-                sixth = constant(f"{scale}.sixth", float(of_x.scale / 6), onnx.TensorProto.FLOAT)
-                half = [
-                    constant(f"half.code.{kind}", 1, kind),
-                    constant("half.scale", 0.5, onnx.TensorProto.FLOAT),
-                    constant(f"half.zero.{kind}", 0, kind),
-                ]
-                terms = [f"{node.output[0]}.sixth", f"{node.output[0]}.half"]
-                for inputs, term in (([before.input[0], sixth, zero], terms[0]), (half, terms[1])):
-                    nodes.append(onnx.helper.make_node("DequantizeLinear", inputs, [term], name=term))
-                nodes[-2].metadata_props.extend(before.metadata_props)  # the codes keep their quantizer's name
-                node.op_type = "Add"
-                node.input[:] = terms
-                del node.attribute[:]
+        found = sum_of(node) if node.op_type == "HardSigmoid" and node.name in names else None
+        if found is not None:
+            before, terms = found
+            scale, zero = before.input[1:3]
+            kind, real = values[zero].data_type, onnx.TensorProto.FLOAT
+            sixth = [before.input[0], constant(f"{scale}/6", float(terms[0].scale), real), zero]
+            half = [
+                constant(f"half/code/{kind}", 1, kind),
+                constant("half/scale", float(terms[1].scale), real),
+                constant(f"half/zero/{kind}", int(terms[1].zero_point), kind),
+            ]
+            for i, inputs in enumerate((sixth, half)):
+                term = f"{node.output[0]}/{i}"
+                nodes.append(onnx.helper.make_node("DequantizeLinear", inputs, [term], name=term))
+                node.input[i:] = [term]
+            nodes[-2].metadata_props.extend(before.metadata_props)  # the codes keep their quantizer's name
+            node.op_type = "Add"
+            del node.attribute[:]
         nodes.append(node)
     read = {name for node in nodes for name in node.input} | outputs
     del graph.node[:]

@@ -540,8 +540,23 @@ def _concatenated(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _resized(func: Any, args: Any, kwargs: Any) -> Any:
-    mode = kwargs.get("mode", args[3] if len(args) > 3 else "nearest")
-    return _moved(func, args, kwargs) if mode == "nearest" else NotImplemented
+    given = dict(zip(("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor"), args[1:])) | kwargs  # noqa: B905
+    if not isinstance(args[0], CodeTensor) or given.get("mode", "nearest") != "nearest":
+        return NotImplemented
+    profile, factor = args[0].value.profile, given.get("scale_factor")
+    if given.get("recompute_scale_factor"):
+        factor = None
+
+    def nearest(x: Tensor, *rest: Any, **named: Any) -> Tensor:
+        wanted = func(torch.empty(x.shape, device="meta"), *rest, **named).shape[2:]
+        if wanted == x.shape[2:]:
+            return x
+        factors = factor if isinstance(factor, (tuple, list)) else [factor] * len(wanted)
+        for axis, (outputs, by) in enumerate(zip(wanted, factors, strict=True), 2):
+            x = x.index_select(axis, profile.nearest(x.shape[axis], outputs, by).to(x.device))
+        return x
+
+    return _moved(nearest, args, kwargs)
 
 
 def _padded(func: Any, args: Any, kwargs: Any) -> Any:

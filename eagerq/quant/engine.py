@@ -61,11 +61,17 @@ class Grid:
         return bool(self.zero_point == self.low) and bool(torch.round(1 / self.scale) + self.zero_point >= self.high)
 
 
-def hardsigmoid_is_sum(of_x: Grid, grid: Grid) -> bool:
-    """Whether a hard sigmoid from one grid to another is a sum, clipped by the codes of ``grid``: both have all eight bits."""
+def hardsigmoid_terms(of_x: Grid, grid: Grid) -> tuple[Grid, Grid] | None:
+    """The grids of x/6, on which the codes are those of x, and of one half, whose code is 1, if a hard sigmoid is their sum.
+
+    It is where the codes of ``grid`` clip it as it should be, and both grids have all of the same eight bits.
+    """
     # a narrower grid is clipped before QuantizeLinear, so that no sum would stand right before that
     bounds = (of_x.low, of_x.high)
-    return bounds == (grid.low, grid.high) and bounds in ((0, 255), (-128, 127)) and grid.clips_to_unit()
+    if bounds != (grid.low, grid.high) or bounds not in ((0, 255), (-128, 127)) or not grid.clips_to_unit():
+        return None
+    half = dataclasses.replace(of_x, scale=torch.full_like(of_x.scale, 0.5), zero_point=torch.zeros_like(of_x.zero_point))
+    return dataclasses.replace(of_x, scale=of_x.scale / 6), half
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -162,16 +168,24 @@ class EngineProfile:
         r""":math:`x \cdot \mathrm{hardsigmoid}(x)`: the engine takes the operator apart."""
         return x.float() * self.hardsigmoid(x)
 
+    def nearest(self, inputs: int, outputs: int, factor: float | None = None) -> Tensor:
+        r"""Which of ``inputs`` places each of ``outputs`` is: :math:`\lfloor o / f \rfloor`, f the factor or the sizes' ratio.
+
+        All of it float32; PyTorch multiplies by :math:`1/f`, which at uneven factors now and then gives the place before.
+        """
+        scale = torch.tensor(float(outputs)) / inputs if factor is None else torch.tensor(float(factor))
+        return torch.floor(torch.arange(outputs, dtype=torch.float32) / scale).clamp(max=inputs - 1).long()
+
     def table(self, function: Callable[[Tensor], Tensor], codes: Tensor, of_x: Grid, grid: Grid) -> Tensor:
         """The quantized ``function`` of the real value of each code: one entry a code, looked up."""
         return _looked_up(lambda entries: self.quantize(function(self.dequantize(entries, of_x)), grid), codes, of_x)
 
     def hardsigmoid_sum(self, codes: Tensor, of_x: Grid, grid: Grid) -> Tensor:
-        r"""The sum :math:`(q - z_x)\,\frac{s_x}{6} + 1 \cdot \frac12` by ``add``, where ``hardsigmoid_is_sum``; else the table."""
-        if not hardsigmoid_is_sum(of_x, grid):
+        r"""The sum :math:`(q - z_x)\,s_x/6 + 1 \cdot 1/2` by ``add`` where there are ``hardsigmoid_terms``, else the table."""
+        terms = hardsigmoid_terms(of_x, grid)
+        if terms is None:
             return self.table(self.hardsigmoid, codes, of_x, grid)
-        sixth = dataclasses.replace(of_x, scale=of_x.scale / 6)
-        half = dataclasses.replace(of_x, scale=torch.full_like(of_x.scale, 0.5), zero_point=torch.zeros_like(of_x.zero_point))
+        sixth, half = terms
         return _looked_up(lambda entries: self.add(entries, sixth, torch.ones_like(entries), half, grid), codes, of_x)
 
 
