@@ -99,6 +99,33 @@ def test_maps_of_bytes_are_those_of_exact_integers(
     assert torch.equal(codes.float(), PROFILE.requantize(total, factor, Grid(out.scale, out.zero_point, out.low, out.high)))
 
 
+#: What oneDNN's convolution was seen to sum wrongly, or to crash at, when left to itself; and the input's size.
+TRAPS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "a stride that is never taken": (nn.Conv2d(3, 48, (1, 3), (1, 3), groups=3), (2, 3)),
+    "the same, one channel": (nn.Conv2d(1, 16, (3, 5), (1, 2), (2, 0)), (4, 6)),
+    "a window in the padding": (nn.Conv1d(1, 2, 2, 2, 3, 2), (1,)),
+    "wider than the input": (nn.Conv2d(33, 66, (5, 2), (1, 3), (4, 1)), (4, 1)),
+    "padding on both sides": (nn.Conv3d(16, 80, (3, 3, 2), (2, 3, 3), (2, 2, 1), (1, 2, 1), groups=16), (1, 1, 1)),
+    "groups, a zero point and two threads": (nn.Conv2d(2, 64, (1, 5), (3, 1), groups=2), (21, 7)),
+}
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+@pytest.mark.parametrize("zero", [0, 255])
+def test_where_the_convolution_alone_is_wrong(trap: str, zero: int) -> None:
+    host, sizes = TRAPS[trap]
+    op: Any = getattr(eagerq.nn.qat, type(host).__name__).from_float(host)
+    x = drawn(0, 0, 255, (3, host.in_channels, *sizes), "all").to(torch.uint8)
+    weight = drawn(1, -128, 127, op.weight.shape, "all").to(torch.int8)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        found = integer_map(op, Coded(x, grid_of(False, zero, 1.0), BYTES), weight, torch.ones(1), None, (), {}).value.real()
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found, exact_sums(op, x, zero, weight, None))
+
+
 @in_kernels
 @given(
     seed=st.integers(0, 99),
@@ -172,6 +199,12 @@ def test_what_the_kernels_do_not_take_is_summed_in_float(reason: str, monkeypatc
     assert torch.equal(*results)
     assert len(seen) == 1
     assert reason in seen[0]
+
+
+@in_kernels
+def test_other_devices_are_summed_in_float() -> None:
+    x = Coded(torch.empty(2, 4, dtype=torch.uint8, device="meta"), grid_of(False, 0), BYTES)
+    assert integer_sums(linear(4, 2), x, torch.zeros(2, 4), (), None, True) == "the integer kernels run on CPUs"
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 6, 6), (2, 4, 2, 6)], ids=["channels", "too small"])
@@ -275,6 +308,7 @@ def test_weights_that_are_written_to_count_at_once() -> None:
     with torch.no_grad(), eagerq.exact_mode(model, kernels="int8"):
         before = model(x)
         assert torch.equal(model(x[:1]), before[:1])
+        assert torch.equal(model(x), before)
         model.load_state_dict(changed)
         after = model(x)
         copied = copy.deepcopy(model)
@@ -323,7 +357,8 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 def wide_net() -> tuple[nn.Module, Tensor]:
     """A deployed net whose activations and weights are both large."""
-    model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 256, 3), nn.ReLU())
+    front = nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)
+    model = nn.Sequential(*front, nn.Conv2d(32, 256, 3, padding=1), nn.ReLU(), nn.Conv2d(256, 4, 3, 8))
     x = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     return eagerq.convert(qat_of(model, x, 1)), x
 
@@ -351,10 +386,9 @@ def test_memory_is_that_of_bytes() -> None:
         with torch.no_grad(), eagerq.exact_mode(model, kernels=kernels):
             model(x)
             peaks[kernels] = peak_bytes(lambda: model(x))
-    out = model(x).numel()
-    assert peaks["float"] > 3 * 4 * out
-    # the output is real: 4 bytes; before it codes, and a piece of the sums, are held
-    assert peaks["int8"] < 4 * out + 2 * out + 6 * 4 * pieces.PIECE
+    codes = 8 * 256 * 32 * 32
+    assert peaks["float"] > 3 * 4 * codes
+    assert peaks["int8"] < 3 * codes  # in parts, and joined; its sums alone would be four
 
 
 @in_kernels
@@ -468,6 +502,15 @@ def test_max_pools_of_bytes(
     assert torch.equal(found.float(), pool(x.float(), *args))
     _, places = pool(CodeTensor(Coded(x, grid, BYTES)), *args, True)  # type: ignore[misc]
     assert torch.equal(places, pool(x.float(), *args, True)[1])  # type: ignore[index]
+
+
+def test_grids_of_other_bounds_are_other_grids() -> None:
+    """Codes below zero on a grid that begins there."""
+    of, to = grid_of(True, 0), grid_of(False, 0)
+    x = torch.arange(-128, 128).to(torch.int8)
+    assert torch.equal(Coded(x, of, BYTES).on(to).long(), x.long().clamp(min=0))
+    assert not of.is_same(to)
+    assert of.is_same(grid_of(True, 0))
 
 
 @settings(max_examples=50)
