@@ -15,7 +15,8 @@ from eagerq.errors import SpecError, StateError
 from eagerq.nn import int8, integer
 from eagerq.nn.qat.base import QATBase
 from eagerq.nn.quantized import QuantizeDequantize, QuantizedModule, is_deployed, is_qat
-from eagerq.quant import codes
+from eagerq.quant import code_values
+from eagerq.quant.codes import decode
 from eagerq.quant.engine import EngineProfile, get_profile
 from eagerq.quant.fake_quantize import FakeQuantize
 from eagerq.tables import table
@@ -97,22 +98,22 @@ def exact_mode(model: nn.Module, profile: EngineProfile | str = "onnxruntime-x64
         run.refused[inside[-1] if inside else ""] = reason
 
     def plain(module: nn.Module, args: Any, output: Any) -> Any:
-        return codes.decode(output)
+        return decode(output)
 
     followers = [m for m in model.modules() if isinstance(m, (QATBase, QuantizedModule, QuantizeDequantize, FakeQuantize))]
-    before = codes.on_float, integer.on_refusal
+    before = code_values.on_float, integer.on_refusal
     handles = [
         register_module_forward_pre_hook(enter),
         register_module_forward_hook(leave, always_call=True),
         model.register_forward_hook(plain),
     ]
     try:
-        codes.on_float, integer.on_refusal = note, refuse
+        code_values.on_float, integer.on_refusal = note, refuse
         for module in followers:
             module.profile = engine
         yield run
     finally:
-        codes.on_float, integer.on_refusal = before
+        code_values.on_float, integer.on_refusal = before
         for module in followers:
             del module.profile
         int8.forget(followers)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import eagerq
 from eagerq.nn.integer import integer_map
-from eagerq.quant.codes import Coded, CodeTensor, Pending, encode
+from eagerq.quant.code_values import Coded, Pending
+from eagerq.quant.codes import CodeTensor, encode
 from eagerq.quant.engine import PROFILES, Grid, fma, get_profile
 from tests.nets import Made, conv, image, randomise
 
@@ -403,3 +404,19 @@ def test_profiles_are_named() -> None:
     assert get_profile(PROFILE) is PROFILE
     with pytest.raises(eagerq.errors.SpecError, match="onnxruntime-x64"):
         get_profile(3)  # type: ignore[arg-type]
+
+
+def test_dropout_that_drops_is_no_identity() -> None:
+    coded = encode(torch.randn(2, 3, 4, 4), U8, torch.tensor(0.1), torch.tensor(100), PROFILE)
+    assert isinstance(F.dropout(coded, 0.5, False), CodeTensor)
+    assert not isinstance(F.dropout(coded, 0.5), CodeTensor)  # PyTorch's default is to drop
+
+
+def test_in_place_functions_keep_the_tensor() -> None:
+    a, b = (encode(torch.randn(2, 3), U8, torch.tensor(0.1), torch.tensor(100), PROFILE) for _ in range(2))
+    before = a
+    a += b
+    assert a is before
+    assert F.relu(a, inplace=True) is before
+    real = torch.zeros(2, 3)
+    assert torch.equal(torch.maximum(real, a), torch.maximum(real, a.value.real()))  # code tensors behind a real one

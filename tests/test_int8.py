@@ -28,7 +28,8 @@ from eagerq.nn.int8 import Sums, integer_sums
 from eagerq.nn.integer import integer_map
 from eagerq.nn.quantized import QuantizeDequantize, QuantizedModule
 from eagerq.quant import FakeQuantize, pieces
-from eagerq.quant.codes import Coded, CodeTensor, encode
+from eagerq.quant.code_values import Coded
+from eagerq.quant.codes import CodeTensor, encode
 from eagerq.quant.engine import PROFILES, EngineProfile, Grid
 from tests.nets import Made, conv, image
 from tests.test_exact import MOVES, NETS, Added, qat_of

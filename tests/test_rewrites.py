@@ -23,7 +23,8 @@ from torch import Tensor, nn
 import eagerq
 from eagerq.deploy.rewrites import pair_moves, sum_hardsigmoids
 from eagerq.deploy.runtime import session
-from eagerq.quant.codes import Coded, CodeTensor
+from eagerq.quant.code_values import Coded
+from eagerq.quant.codes import CodeTensor
 from eagerq.quant.engine import PROFILES, Grid, hardsigmoid_terms
 from tests.nets import Made, randomise
 

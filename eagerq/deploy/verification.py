@@ -19,7 +19,8 @@ from eagerq.exactness import ExactRun, exact_mode
 from eagerq.extras import require
 from eagerq.inputs import Inputs, as_runs
 from eagerq.nn.quantized import QuantizeDequantize, is_deployed, is_qat
-from eagerq.quant.codes import Coded, CodeTensor
+from eagerq.quant.code_values import Coded
+from eagerq.quant.codes import CodeTensor
 from eagerq.quant.engine import EngineProfile
 from eagerq.quant.fake_quantize import FakeQuantize
 from eagerq.tables import table

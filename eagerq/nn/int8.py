@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from eagerq.nn.modules.conv import same_pads
 from eagerq.nn.modules.ops import ConvOp, LinearOp, Op
-from eagerq.quant.codes import Coded
+from eagerq.quant.code_values import Coded
 from eagerq.quant.engine import EXACT_FLOAT32
 from eagerq.quant.pieces import PIECE
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from eagerq.nn.int8 import Sums, integer_sums
 from eagerq.nn.modules.ops import Op
-from eagerq.quant.codes import Coded, CodeTensor, Pending
+from eagerq.quant.code_values import Coded, Pending
+from eagerq.quant.codes import CodeTensor
 from eagerq.quant.engine import EXACT_FLOAT32, EngineProfile, Grid
 from eagerq.quant.pieces import PIECE, in_pieces
 

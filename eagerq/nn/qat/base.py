@@ -14,7 +14,7 @@ from eagerq.nn.intrinsic.fused import Fused, type_name
 from eagerq.nn.modules.batchnorm import HoldsNorm
 from eagerq.nn.modules.hooks import POST_HOOKS, PRE_HOOKS, release_hooks, share_hooks
 from eagerq.nn.modules.ops import Op
-from eagerq.quant.codes import Coded
+from eagerq.quant.code_values import Coded
 from eagerq.quant.engine import EngineProfile
 from eagerq.quant.fake_quantize import FakeQuantize
 from eagerq.quant.functional import MIN_SCALE, dequantize, power_of_two, quantization_params, quantize, straight_through

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eagerq.quant.codes import Coded, CodeTensor, hardsigmoid_sum
+from eagerq.quant.code_functions import hardsigmoid_sum
+from eagerq.quant.code_values import Coded
+from eagerq.quant.codes import CodeTensor
 from eagerq.quant.fake_quantize import FakeQuantize
 from eagerq.quant.spec import QConfig
 
@@ -66,7 +68,7 @@ class SplitActivation(nn.Module):
     def _of(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """``function``, which may be a hard sigmoid, of x."""
         if self.sums and isinstance(x, CodeTensor) and isinstance(x.value, Coded):
-            return hardsigmoid_sum(x.value)
+            return CodeTensor(hardsigmoid_sum(x.value))
         if self.sums and torch.onnx.is_in_onnx_export():  # by its name, whatever the library calls it
             return F.hardsigmoid(x)
         return function(x)
