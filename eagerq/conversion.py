@@ -16,6 +16,7 @@ from eagerq.errors import InputsError, SpecError, StateError
 from eagerq.inputs import Inputs
 from eagerq.nn.intrinsic.fused import Fused, type_name
 from eagerq.nn.intrinsic.qat.mixins import WithAct
+from eagerq.nn.qat.activations import QUANTIZING
 from eagerq.nn.qat.base import QATBase, QATOp
 from eagerq.patterns import Patterns
 from eagerq.placement import Quantizable, Site, place, place_at_inputs
@@ -222,6 +223,8 @@ class Conversion:
                     holder.split_activation()
             elif site.kind == "input":
                 holder.input_fake_quant = quantizer
+            elif site.kind == "exit" and type(holder) in QUANTIZING:
+                new[holder] = QUANTIZING[type(holder)].from_float(holder, quantizer)
             elif site.kind == "exit":
                 holder.register_module("activation_post_process", quantizer)
                 holder.register_forward_hook(quantize_output)

@@ -212,6 +212,8 @@ def broken_laws(
     del expected
 
     qat.float().apply(eagerq.enable_fake_quant).apply(eagerq.enable_observer)
+    with torch.no_grad():
+        run(qat.train(), inputs)  # activations are quantized once a range is known
     step = Step(qat, inputs, torch.float32, keep=False)
     if not all(is_finite(t) for t in (*step.outputs, *(g for g in step.gradients if g is not None))):
         problems.append("QAT: output or gradients hold NaN or infinity")

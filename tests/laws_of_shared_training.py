@@ -130,12 +130,20 @@ def data_parallel_is_one_process_on_the_union(rank: int, folder: Path) -> None:
 
 
 def one_reduction_a_step_keeps_ranks_equal(rank: int, folder: Path) -> None:
-    """Between forward and backward, as the documentation has it; without it the ranks' ranges differ."""
+    """Between forward and backward, as the documentation has it; without it the ranks' ranges differ.
+
+    The batch is quantized by the ranges before it, which are those of the union: so is the step.
+    """
     images, labels = _data()
-    for model in (DistributedDataParallel(_built("per_tensor", "after")), _sharded("onnxruntime", False)):
+    for qconfig, model in (
+        ("per_tensor", DistributedDataParallel(_built("per_tensor", "after"))),
+        ("onnxruntime", _sharded("onnxruntime", False)),
+    ):
         model.apply(eagerq.disable_observer_sync)
-        optimizer = _optimizer(model)
+        single = _built(qconfig, "never")
+        optimizer, single_optimizer = _optimizer(model), _optimizer(single)
         for i in range(STEPS):
+            _step(single, single_optimizer, images[i], labels[i])
             loss = F.cross_entropy(model(part(rank, images[i])), part(rank, labels[i]))
             ranges = [buffer for name, buffer in model.named_buffers() if name.endswith("max_val") and "weight_" not in name]
             theirs = torch.stack(ranges)
@@ -146,6 +154,7 @@ def one_reduction_a_step_keeps_ranks_equal(rank: int, folder: Path) -> None:
             loss.backward()
             optimizer.step()
             same_everywhere(_full(model))
+            close({key.removeprefix("module."): value for key, value in _full(model).items()}, dict(single.state_dict()))
 
 
 def data_parallel_resumes(rank: int, folder: Path) -> None:

@@ -97,6 +97,8 @@ def test_inductor_agrees() -> None:
     q = row.to_qat(row.chain(), "onnxruntime")
     attach_quantizers(row, q, "onnxruntime")
     compiled, eager = compiled_and_eager(q, "inductor")
+    found, wanted = compiled(row.input(seed=1)), eager(row.input(seed=1))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)  # no range is known yet
     x = row.input()
     found, wanted = compiled(x), eager(x)
     # another order of float additions may move a value across a rounding boundary: by one code at most, and rarely
@@ -114,5 +116,6 @@ def test_a_whole_model_compiles_whole() -> None:
     for module, spec in ((model[0], QuantSpec()), (model[3], QuantSpec(bits=4, observer="percentile"))):
         module.activation_post_process = FakeQuantize(spec)
     compiled, eager = compiled_and_eager(model)
-    x = torch.randn(4, 3, 6, 6)
-    assert_agree(compiled, eager, step(compiled, x), step(eager, x))
+    for _ in range(2):  # before and after a range is known
+        x = torch.randn(4, 3, 6, 6)
+        assert_agree(compiled, eager, step(compiled, x), step(eager, x))

@@ -330,23 +330,36 @@ def test_straight_through_has_one_tensors_value_and_the_others_gradient() -> Non
 # --- the module
 
 
+def by_oracle(module: FakeQuantize, x: Tensor) -> Tensor:
+    """The real values of ``x``'s codes by the module's scales and zero points."""
+    first, last = oracles.integer_range(module.spec)
+    out = torch.empty_like(x)
+    parts = oracles.channels(x, module.axis if module.channels else None)
+    for part, s, z in zip(parts, module.scale.tolist(), module.zero_point.tolist(), strict=True):
+        real = [(oracles.code(v, s, z, first, last) - z) * s for v in x[part].flatten().tolist()]
+        out[part] = torch.tensor(real, dtype=x.dtype).reshape(x[part].shape)
+    return out
+
+
 @given(spec=strategies.specs(), seed=st.integers(0, 99))
 def test_module_quantizes_on_the_grid_of_what_it_observed(spec: QuantSpec, seed: int) -> None:
-    x = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    axis = 1
-    module = FakeQuantize(spec, 5 if spec.per_channel else None, axis).double()
-    y = module(x)
-    first, last = oracles.integer_range(spec)
+    """In training of the batches before, in eval of all."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = [size * torch.randn(3, 5, 4, generator=generator, dtype=torch.float64) for size in (1, 3, 0.5)]
+    module = FakeQuantize(spec, 5 if spec.per_channel else None, axis=1).double()
     observer = module.activation_post_process
-    lows, highs = (t.reshape(-1).tolist() for t in (observer.min_val, observer.max_val))
-    assert list(zip(module.scale.tolist(), module.zero_point.tolist(), strict=True)) == [
-        oracles.grid(spec, a, b) for a, b in zip(lows, highs, strict=True)
-    ]
-    for part, s, z in zip(oracles.channels(x, axis if spec.per_channel else None), module.scale, module.zero_point, strict=True):
-        wanted = [(oracles.code(v, float(s), int(z), first, last) - int(z)) * float(s) for v in x[part].flatten().tolist()]
-        assert y[part].flatten().tolist() == wanted
-    assert len(y.unique()) <= (2**spec.bits) * (5 if spec.per_channel else 1)
-    assert torch.equal(module.eval()(x), y)
+    for i, x in enumerate(batches):
+        wanted = by_oracle(module, x) if i else x
+        y = module(x)
+        assert torch.equal(y, wanted)
+        lows, highs = (t.reshape(-1).tolist() for t in (observer.min_val, observer.max_val))
+        assert list(zip(module.scale.tolist(), module.zero_point.tolist(), strict=True)) == [
+            oracles.grid(spec, a, b) for a, b in zip(lows, highs, strict=True)
+        ]
+        if i:
+            assert len(y.unique()) <= (2**spec.bits) * (5 if spec.per_channel else 1)
+    for x in batches:
+        assert torch.equal(module.eval()(x), by_oracle(module, x))
 
 
 def flags(module: FakeQuantize) -> tuple[bool, bool]:

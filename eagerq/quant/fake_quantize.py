@@ -8,18 +8,26 @@ import torch
 from torch import Tensor, nn
 
 from eagerq.errors import StateError
+from eagerq.quant import operators
 from eagerq.quant.codes import encode
 from eagerq.quant.engine import EngineProfile
-from eagerq.quant.functional import fake_quantize, quantization_params
+from eagerq.quant.functional import Bounds, fake_quantize, quantization_params, traced_fake_quantize
 from eagerq.quant.observer import Observer, QuantState
 from eagerq.quant.spec import QuantSpec
+
+
+def is_recomputing() -> bool:
+    """Whether a backward runs a forward again (activation checkpointing): it must compute what the first did, and not learn."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class FakeQuantize(QuantState):
     r"""Replaces each value by the real value of its code (see ``functional.fake_quantize``).
 
-    In training it first observes its input. In eval its state never changes. Until it has observed
-    something it passes its input through, so that a fresh QAT model evaluates as the float one.
+    In training an activation is quantized by the scale known before the batch, and its range learns from the batch in
+    the same pass (as FP8 training's delayed scaling; Micikevicius et al., 2022, arXiv:2209.05433); a weight by its own
+    range, of the moment. In eval the state never changes. While no range is known the input passes through, so a
+    fresh QAT model evaluates as the float one.
 
     Args:
         spec: the grid and the observer.
@@ -27,6 +35,10 @@ class FakeQuantize(QuantState):
         axis: the channels' axis.
         memoryless: for weights: the scale is that of the tensor given, in eval too (there it is
             used but not stored), as long as the observer is enabled.
+
+    A forward that activation checkpointing runs again, in the backward, computes what the first did and learns nothing. It knows
+    the state before the last batch only: where a module is checkpointed twice before one backward, the first of the two is
+    quantized again by the state of the second. ``torch.compile`` inside a checkpoint learns twice, as norms there do.
 
     Buffers, of their final shape from the start: ``scale`` and ``zero_point`` ``(1,)`` or ``(channels,)``,
     and the observer's. ``fake_quant_enabled`` and ``observer_enabled`` are Python bools (torch.compile
@@ -38,6 +50,11 @@ class FakeQuantize(QuantState):
 
     scale: Tensor
     zero_point: Tensor
+    scratch: Tensor
+    #: What the last batch was quantized by.
+    _before: operators.State | None = None
+    #: That the buffers hold a range, once seen: looking waits for the device.
+    _known = False
 
     def __init__(
         self, spec: QuantSpec, channels: int | None = None, axis: int = 0, *, memoryless: bool = False, device: Any = None
@@ -56,6 +73,8 @@ class FakeQuantize(QuantState):
         self.register_buffer(
             "zero_point", torch.full((size,), spec.fixed_zero_point if spec.symmetric else 0, dtype=torch.int32, device=device)
         )
+        if channels is None and not memoryless:
+            self.register_buffer("scratch", torch.zeros(operators.WORDS, dtype=torch.int32, device=device), persistent=False)
 
     def along_axis(self, values: Tensor, ndim: int) -> Tensor:
         """A ``(1,)`` or ``(channels,)`` tensor, shaped to broadcast over a tensor of ``ndim`` axes."""
@@ -82,7 +101,8 @@ class FakeQuantize(QuantState):
             return
         observer(x.detach())
         self.take_range()
-        self.observed = self.observed or bool(x.numel())
+        if x.numel():
+            self.observed = True
 
     @torch.no_grad()
     def take_range(self) -> None:
@@ -96,35 +116,153 @@ class FakeQuantize(QuantState):
         self.scale.copy_(scale.reshape(self.scale.shape))
         self.zero_point.copy_(zero_point.reshape(self.zero_point.shape))
 
+    def _range_known(self) -> Tensor:
+        """Where a range was learned: ``()`` or ``(channels,)``."""
+        observer = self.activation_post_process
+        return (observer.min_val != 0) | (observer.max_val != 0)
+
     def has_range(self) -> bool:
         """Whether the buffers hold an observed range; reads them, so it waits for the device."""
-        observer = self.activation_post_process
-        return bool((observer.min_val != 0).any() or (observer.max_val != 0).any())
+        return bool(self._range_known().any())
 
     def is_ready(self) -> bool:
-        """Whether there is a scale to quantize with in eval."""
-        if not (self.memoryless or self.observed):
-            # an averaged copy of the model (EMA) got its buffers from another that observed
-            if torch.compiler.is_compiling() or self.scale.is_meta or not self.has_range():
-                return False
-            self.observed = True
-        return True
+        """Whether there is a scale to quantize with."""
+        if self.memoryless or self._known:
+            return True
+        if torch.compiler.is_compiling() or self.scale.is_meta or type(known := self._range_known()) is not Tensor:
+            return self.observed
+        # an averaged copy of the model (EMA) got its buffers from another that observed
+        ready = bool(known.any())
+        # a moving average of the newest batch alone forgets its range in a batch of zeros
+        self._known = ready and self.spec.averaging_constant < 1.0 and bool(known.all())
+        self.observed = self.observed or ready
+        return ready
+
+    def _unknown(self) -> Tensor | None:
+        """Where a range may not be known yet, a tensor that says so; None where it is."""
+        if not (torch.compiler.is_compiling() or self.scale.is_meta) and (self._known or (self.is_ready() and self._known)):
+            return None
+        return self._range_known()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and self.observer_enabled:
-            self.observe(x)
+        if self.memoryless:
+            return self.of_weight(x)
+        if self.is_one_pass(x):
+            return self.of_activation(x)
+        if self.profile is not None and not self.training and self.fake_quant_enabled and self.is_ready():
+            return encode(x, self.spec, self.scale, self.zero_point, self.profile)
+        if not self.learns:
+            if not self.fake_quant_enabled or not (torch.compiler.is_compiling() or self.is_ready()):
+                return x
+            return self._quantized(x, self.scale, self.zero_point, self._unknown())
+        if is_recomputing():
+            if self._before is None or not self.fake_quant_enabled:
+                return x
+            scale, zero_point, low, high = self._before
+            return self._quantized(x, scale, zero_point, (low != 0) | (high != 0))
+        out = x
+        if self.fake_quant_enabled:
+            self._remember()
+            out = self._quantized(x, self.scale, self.zero_point, self._unknown())
+        self.observe(x)
+        return out
+
+    def _quantized(self, x: Tensor, scale: Tensor, zero_point: Tensor, known: Tensor | None) -> Tensor:
+        spec, ndim = self.spec, x.dim()
+        zero = None if spec.symmetric and not spec.fixed_zero_point else self.along_axis(zero_point, ndim)
+        known = None if known is None else self.along_axis(known, ndim)
+        return fake_quantize(x, self.along_axis(scale, ndim), zero, spec.quant_min, spec.quant_max, known)
+
+    def is_one_pass(self, x: Tensor) -> bool:
+        """Whether ``of_activation`` serves ``x``: a kernel, or a form that compilers make one of."""
+        return (
+            self.fake_quant_enabled
+            and self.channels is None
+            and not self.memoryless
+            and (self.training or self.profile is None)
+            and (torch.compiler.is_compiling() or operators.are_fast(x))
+        )
+
+    @property
+    def learns(self) -> bool:
+        """Whether a forward teaches the observer."""
+        return self.training and self.observer_enabled
+
+    @property
+    def is_learned_by_kernels(self) -> bool:
+        """Whether the observer needs the least and greatest value of this process's batch, and no more."""
+        return self.spec.observer in ("min_max", "moving_average") and self.activation_post_process.others() is None
+
+    @property
+    def state(self) -> operators.State:
+        """What operators read and write."""
+        observer = self.activation_post_process
+        return self.scale, self.zero_point, observer.min_val, observer.max_val
+
+    @property
+    def constant(self) -> float | None:
+        """Of the moving average; None takes the least and greatest of all batches."""
+        return None if self.spec.observer == "min_max" else self.spec.averaging_constant
+
+    def of_activation(self, x: Tensor, bounds: Bounds = (None, None)) -> Tensor:
+        """What the forward makes of ``x.clamp(*bounds)``, in one pass."""
+        if not operators.are_fast(x):
+            scale, zero_point, spec = self.scale.reshape(()), self.zero_point.reshape(()), self.spec
+            out = traced_fake_quantize(x, scale, zero_point, spec.quant_min, spec.quant_max, self._range_known(), bounds)
+            if self.learns:
+                self.observe(x if bounds == (None, None) else x.detach().clamp(*bounds))
+            return out
+        state, scratch, learns, by_kernel = self.state, None, self.learns, self.is_learned_by_kernels
+        if learns and is_recomputing():
+            state = operators.state_before(self.scratch) if by_kernel else self._before or state
+            learns = False
+        elif learns and by_kernel:
+            scratch = self.scratch
+        elif learns:
+            self._remember()
+        out = operators.fake_quantize_activation(x, state, scratch, bounds, self.constant, self.spec.grid)
+        if learns and not by_kernel:
+            self.observe(x if bounds == (None, None) else x.detach().clamp(*bounds))
+        elif learns and x.numel():
+            self.observed = True
+        return out
+
+    @torch.no_grad()
+    def _remember(self) -> None:
+        """Keep what this batch is quantized by, for a forward that is computed again in the backward."""
+        if not torch.compiler.is_compiling():
+            scale, zero_point, low, high = self.state
+            self._before = scale.clone(), zero_point.clone(), low.clone(), high.clone()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_before": None}
+
+    def of_weight(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """``x`` quantized by its own range, in ``dtype`` (``x``'s own if None)."""
+        spec = self.spec
+        learns = self.learns
+        if learns and self.fake_quant_enabled and self._is_fast_weight(x):
+            self.observed = True
+            return operators.fake_quantize_weight(x, self.state, spec.grid, dtype or x.dtype)
+        if learns:
+            if not is_recomputing():  # else it has seen this weight
+                self.observe(x)
             scale, zero_point = self.scale, self.zero_point
         else:
-            if not self.is_ready():
-                return x
             scale, zero_point = self.params_for(x)
         if not self.fake_quant_enabled:
             return x
-        if self.profile is not None and not self.training and not self.memoryless:
-            return encode(x, self.spec, scale, zero_point, self.profile)
-        ndim = x.dim()
-        return fake_quantize(
-            x, self.along_axis(scale, ndim), self.along_axis(zero_point, ndim), self.spec.quant_min, self.spec.quant_max
+        own = learns and spec.observer == "min_max"  # nothing lies outside its own range
+        zero = None if spec.symmetric and not spec.fixed_zero_point else self.along_axis(zero_point, x.dim())
+        return fake_quantize(x, self.along_axis(scale, x.dim()), zero, spec.quant_min, spec.quant_max, clips=not own)
+
+    def _is_fast_weight(self, x: Tensor) -> bool:
+        return (
+            self.channels is not None
+            and self.axis == 0
+            and self.spec.observer == "min_max"
+            and bool(x.numel())
+            and operators.are_fast(x)
         )
 
     def fixed_params(self, name: str) -> tuple[Tensor, Tensor]:
@@ -159,6 +297,7 @@ class FakeQuantize(QuantState):
         super()._load_from_state_dict(state_dict, prefix, *args)
         loaded = [state_dict.get(f"{prefix}activation_post_process.{name}") for name in ("min_val", "max_val")]
         if all(isinstance(value, Tensor) for value in loaded):
+            self._known = False
             self.observed = any(bool((torch.isfinite(value) & (value != 0)).any()) for value in loaded if value is not None)
 
     def extra_repr(self) -> str:

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eagerq.quant.spec import QuantSpec
+from eagerq.quant.spec import Grid, QuantSpec
+
+#: Least and greatest value of an activation that clamps; None is no bound.
+Bounds = tuple[float | None, float | None]
 
 #: The least scale: it keeps division defined where a tensor is all zeros.
 MIN_SCALE = 2.0**-40
@@ -24,7 +27,7 @@ def power_of_two(x: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(x), exponent - (mantissa == 0.5).to(exponent.dtype))
 
 
-def quantization_params(spec: QuantSpec, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+def quantization_params(spec: QuantSpec | Grid, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     r"""Scale and zero point of the grid that covers ``[low, high]`` and holds zero exactly.
 
     Symmetric: :math:`s = \max(|low|, |high|) / n` with :math:`n = q_{max}` (signed) or
@@ -42,8 +45,7 @@ def quantization_params(spec: QuantSpec, low: Tensor, high: Tensor) -> tuple[Ten
     low = low.clamp(max=0.0)
     high = high.clamp(min=0.0)
     if spec.symmetric:
-        levels = 2 ** (spec.bits - 1) - 1
-        scale = (torch.maximum(-low, high) / levels).clamp_min(MIN_SCALE)
+        scale = (torch.maximum(-low, high) / spec.levels).clamp_min(MIN_SCALE)
         scale = power_of_two(scale) if spec.power_of_two else scale
         return scale, torch.full_like(scale, spec.fixed_zero_point, dtype=torch.int32)
     scale = ((high - low) / (spec.quant_max - spec.quant_min)).clamp_min(MIN_SCALE)
@@ -72,21 +74,49 @@ class _FakeQuantize(torch.autograd.Function):
     """Forward: quantize and dequantize. Backward: straight through, zero where the code was clipped."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        quant_min: int,
+        quant_max: int,
+        known: Tensor | None,
+        clips: bool,
+    ) -> Tensor:
         dtype = computing_dtype(x.dtype)
         scale = scale.to(dtype)
-        q = torch.round(x.to(dtype) / scale).add_(zero_point)
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward((q >= quant_min) & (q <= quant_max))
-        return q.clamp_(quant_min, quant_max).sub_(zero_point).mul_(scale).to(x.dtype)
+        q = torch.round_(x.to(dtype) / scale)
+        if zero_point is not None:
+            q.add_(zero_point)
+        if clips and ctx.needs_input_grad[0]:
+            clipped = q.clamp(quant_min, quant_max)
+            inside = clipped == q
+            ctx.save_for_backward(inside if known is None else inside | ~known)
+            q = clipped
+        else:
+            q.clamp_(quant_min, quant_max)
+        if zero_point is not None:
+            q.sub_(zero_point)
+        out = q.mul_(scale).to(x.dtype)
+        return out if known is None else torch.where(known, out, x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
-        (inside,) = ctx.saved_tensors
-        return grad * inside, None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:  # type: ignore[override]
+        saved = ctx.saved_tensors
+        return grad * saved[0] if saved else grad, None, None, None, None, None, None
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    known: Tensor | None = None,
+    *,
+    clips: bool = True,
+) -> Tensor:
     r"""The real value of ``x``'s code: :math:`(\mathrm{clip}(\mathrm{rint}(x/s)+z) - z)\,s`.
 
     The gradient passes straight through where the code was not clipped and is zero elsewhere
@@ -95,10 +125,52 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, 
 
     Args:
         x: real values, any shape ``(*)``.
-        scale, zero_point: broadcast against ``x``.
+        scale, zero_point: broadcast against ``x``; None is zero.
         quant_min, quant_max: lowest and highest code.
+        known: a bool tensor ``()``: where it is false, ``x`` and its gradient pass as they are.
+        clips: whether codes can be clipped; False where the scale is that of ``x``'s own range, and the gradient passes whole.
     """
-    out: Tensor = _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max)  # type: ignore[no-untyped-call]
+    out: Tensor = _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max, known, clips)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _TracedFakeQuantize(torch.autograd.Function):
+    """``_FakeQuantize`` of a clamped x as one chain from x to the result and one from x to the gradient.
+
+    A compiler then keeps one mask at most, and writes no value that two of its kernels would read. While no range is known the
+    scale is so small that every value is its own code.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, known: Tensor, bounds: Bounds
+    ) -> Tensor:
+        dtype = computing_dtype(x.dtype)
+        scale = torch.where(known, scale.to(dtype), 2.0**-100 if dtype == torch.float32 else 2.0**-600)
+        middle = torch.where(known, (quant_min + quant_max) / 2 - zero_point.to(dtype), 0.0)
+        reach = torch.where(known, (quant_max - quant_min) / 2, torch.finfo(dtype).max)
+        ctx.save_for_backward(x, scale, middle, reach)
+        ctx.bounds = bounds
+        a = (x if bounds == (None, None) else x.clamp(*bounds)).to(dtype)
+        return (torch.clamp(torch.round(a / scale), middle - reach, middle + reach) * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, scale, middle, reach = ctx.saved_tensors
+        low, high = ctx.bounds
+        inside = (torch.round(x.to(scale.dtype) / scale) - middle).abs() <= reach
+        if low is not None:
+            inside = inside & (x > low)
+        if high is not None:
+            inside = inside & (x < high)
+        return torch.where(inside, grad, 0.0), *[None] * 6
+
+
+def traced_fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, known: Tensor, bounds: Bounds = (None, None)
+) -> Tensor:
+    """``fake_quantize`` of ``x.clamp(*bounds)`` for compilers; while ``known`` is false, values beyond :math:`2^{27}` clip."""
+    out: Tensor = _TracedFakeQuantize.apply(x, scale, zero_point, quant_min, quant_max, known, bounds)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -93,37 +93,39 @@ class Observer(QuantState):
 
         With ``ranks`` it is a collective, and ``x`` may be empty.
         """
-        rows = x.detach().reshape(1, -1) if self.channels is None else x.detach().transpose(0, self.axis).flatten(1)
-        rows = rows.to(self.min_val.dtype)
-        if not rows.shape[1]:
-            low, high = rows.new_full((rows.shape[0],), math.inf), rows.new_full((rows.shape[0],), -math.inf)
+        x = x.detach()
+        size = self.channels or 1
+        if not x.numel():
+            low, high = self.min_val.new_full((size,), math.inf), self.min_val.new_full((size,), -math.inf)
         elif self.spec.observer == "percentile":
-            low, high = _percentile(rows, self.spec.percentile)
+            low, high = _percentile(self._rows(x), self.spec.percentile)
         else:
-            low, high = rows.aminmax(dim=1)
+            low, high = self._extremes(x)
         if ranks is not None:
             if self.spec.observer == "percentile":
-                low, high = mean(low, high, torch.full_like(low, rows.shape[1]), ranks)
+                low, high = mean(low, high, torch.full_like(low, x.numel() // size), ranks)
             else:
                 low, high = hull(low, high, ranks)
         if self.spec.observer == "mse":
-            low, high = _least_squares(rows, low, high, self.spec, ranks)
+            low, high = _least_squares(self._rows(x), low, high, self.spec, ranks)
         return low.reshape(self.min_val.shape), high.reshape(self.max_val.shape)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        rows = x.reshape(1, -1) if self.channels is None else x.transpose(0, self.axis).flatten(1)
+        return rows.to(self.min_val.dtype)
+
+    def _extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Least and greatest value of the tensor or of each channel, ``(channels or 1,)``; of two reductions, which are
+        vectorised on CPUs and fused by compilers where ``aminmax`` along axes is neither."""
+        rest = [d for d in range(x.dim()) if self.channels is None or d != self.axis % x.dim()]
+        low, high = (x.amin(rest), x.amax(rest)) if rest else (x, x)
+        return low.reshape(-1).to(self.min_val.dtype), high.reshape(-1).to(self.min_val.dtype)
 
     def merged(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """The range after one more batch whose range is ``low``..``high``."""
-        if self.memoryless and self.spec.observer != "moving_average":
-            new_low, new_high = low, high
-        else:
-            if self.spec.observer == "min_max":
-                new_low, new_high = torch.minimum(self.min_val, low), torch.maximum(self.max_val, high)
-            else:
-                c = self.spec.averaging_constant
-                new_low, new_high = self.min_val + c * (low - self.min_val), self.max_val + c * (high - self.max_val)
-            first = (self.min_val == 0) & (self.max_val == 0)
-            new_low, new_high = torch.where(first, low, new_low), torch.where(first, high, new_high)
-        finite = torch.isfinite(low) & torch.isfinite(high)
-        return torch.where(finite, new_low, self.min_val), torch.where(finite, new_high, self.max_val)
+        forgets = self.memoryless and self.spec.observer != "moving_average"
+        constant = 1.0 if forgets else None if self.spec.observer == "min_max" else self.spec.averaging_constant
+        return merged_range(self.min_val, self.max_val, low, high, constant)
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -146,6 +148,25 @@ class Observer(QuantState):
 
     def extra_repr(self) -> str:
         return self.spec.observer
+
+
+def merged_range(min_val: Tensor, max_val: Tensor, low: Tensor, high: Tensor, constant: float | None) -> tuple[Tensor, Tensor]:
+    r"""A running range after one more batch, whose range is ``low``..``high``.
+
+    With a constant c, :math:`l' = l + c\,(low - l)`, with None :math:`\min(l, low)`; alike for the other end. The first range
+    (both ends are zero until then) is taken whole, and one that is not finite is left out.
+    """
+    if constant == 1.0:
+        new_low, new_high = low, high
+    else:
+        if constant is None:
+            new_low, new_high = torch.minimum(min_val, low), torch.maximum(max_val, high)
+        else:
+            new_low, new_high = min_val + constant * (low - min_val), max_val + constant * (high - max_val)
+        first = (min_val == 0) & (max_val == 0)
+        new_low, new_high = torch.where(first, low, new_low), torch.where(first, high, new_high)
+    finite = torch.isfinite(low) & torch.isfinite(high)
+    return torch.where(finite, new_low, min_val), torch.where(finite, new_high, max_val)
 
 
 def _percentile(rows: Tensor, percentile: float) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import nn
 
@@ -96,11 +96,34 @@ class QuantSpec:
         """The zero point of a symmetric grid, in codes."""
         return 0 if self.signed else int(2 ** (self.bits - 1))
 
+    @property
+    def levels(self) -> int:
+        """Codes on either side of a symmetric grid's zero point that have an opposite."""
+        return int(2 ** (self.bits - 1)) - 1
+
+    @property
+    def grid(self) -> Grid:
+        """The codes, and how a range becomes their scale."""
+        return Grid(
+            self.quant_min, self.quant_max, self.levels, self.fixed_zero_point, self.symmetric, self.power_of_two
+        )
+
     def __str__(self) -> str:
         kind = "symmetric" if self.symmetric else "affine"
         kind += " power-of-two" if self.power_of_two else ""
         where = " per channel" if self.per_channel else ""
         return f"{'s' if self.signed else 'u'}{self.bits} {kind}{where} [{self.quant_min}, {self.quant_max}] by {self.observer}"
+
+
+class Grid(NamedTuple):
+    """The codes of a spec and how a range becomes their scale: what operators take of it."""
+
+    quant_min: int
+    quant_max: int
+    levels: int
+    fixed_zero_point: int
+    symmetric: bool
+    power_of_two: bool
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,8 +33,30 @@ ELEMENTWISE: tuple[type[nn.Module], ...] = (
     nn.Threshold,
 )
 
-#: Activations f with f(f(x)) = f(x): a copy may be fused while the shared original stays in place.
+#: Activations that clamp, so that f(f(x)) = f(x): a copy may be fused while the shared original stays in place.
 IDEMPOTENT: tuple[type[nn.Module], ...] = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward: hooks of its own, or hooks on all modules."""
+    of_all = torch.nn.modules.module
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or of_all._global_forward_hooks
+        or of_all._global_forward_pre_hooks
+        or of_all._global_backward_hooks
+        or of_all._global_backward_pre_hooks
+    )
+
+
+def bounds_of(act: nn.Module) -> tuple[float | None, float | None] | None:
+    """Least and greatest value of an activation that clamps and does nothing else (None is no bound); None for any other."""
+    if type(act) not in IDEMPOTENT or is_hooked(act):
+        return None
+    return (0.0, None) if type(act) is nn.ReLU else (float(act.min_val), float(act.max_val))  # type: ignore[arg-type]
 
 
 class _Alias(torch.autograd.Function):

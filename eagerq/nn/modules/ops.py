@@ -44,6 +44,9 @@ class Op:
     #: The axis of the output that its channels lie on.
     output_axis = 1
 
+    #: Whether autocast runs it in half precision, and casts its weight.
+    casts = True
+
     def scale_weight(self, weight: Tensor, scale: Tensor) -> Tensor:
         """The weight with output channel c multiplied by ``scale[c]``; ``scale`` is ``(C_out,)``."""
         view = self.by_output(weight)
@@ -136,6 +139,8 @@ class LinearOp(Op):
 
 class EmbeddingOp(Op):
     """Look-up of rows; weight ``(num_embeddings, embedding_dim)``."""
+
+    casts = False
 
     padding_idx: int | None
     max_norm: float | None

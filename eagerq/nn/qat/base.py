@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -11,13 +12,14 @@ from torch import Tensor, nn
 from eagerq.errors import ModelError, StateError
 from eagerq.nn.integer import codes_of, integer_map
 from eagerq.nn.intrinsic.fused import Fused, type_name
+from eagerq.nn.modules.activation import is_hooked
 from eagerq.nn.modules.batchnorm import HoldsNorm
 from eagerq.nn.modules.hooks import POST_HOOKS, PRE_HOOKS, release_hooks, share_hooks
 from eagerq.nn.modules.ops import Op
 from eagerq.quant.code_values import Coded
 from eagerq.quant.engine import EngineProfile
 from eagerq.quant.fake_quantize import FakeQuantize
-from eagerq.quant.functional import MIN_SCALE, dequantize, power_of_two, quantization_params, quantize, straight_through
+from eagerq.quant.functional import MIN_SCALE, Bounds, dequantize, power_of_two, quantization_params, quantize, straight_through
 from eagerq.quant.spec import QConfig, QConfigLike, QuantSpec, get_qconfig
 
 _Self = TypeVar("_Self", bound="QATBase")
@@ -58,6 +60,14 @@ def on_sums(bias: Tensor, bias_scale: Tensor, x: Coded, weight_scale: Tensor) ->
     r"""Codes of a bias on a grid of its own, in units of the sums :math:`s_x s_w`: shifted, by a power of two."""
     unit = (x.grid.scale * weight_scale.reshape(-1).float()).double()
     return bias.double() * (bias_scale.double() / unit.repeat(bias.numel() // unit.numel()))
+
+
+def activated(act: Callable[[Tensor], Tensor], bounds: Bounds | None, quantizer: nn.Module | None, x: Tensor) -> Tensor:
+    """``quantizer(act(x))``; in one pass where ``act`` clamps to ``bounds`` and a kernel serves both."""
+    if bounds is not None and type(quantizer) is FakeQuantize and quantizer.is_one_pass(x) and not is_hooked(quantizer):
+        return quantizer.of_activation(x, bounds)
+    out = act(x)
+    return out if quantizer is None else quantizer(out)  # type: ignore[no-any-return]
 
 
 class QATBase(nn.Module):
@@ -215,8 +225,16 @@ class QATOp(Op, QATBase):
         quantizer = self.weight_fake_quant
         weight = self.effective_weight()
         if quantizer is not None:
-            weight = quantizer(weight)
+            own = type(quantizer) is FakeQuantize and not is_hooked(quantizer)
+            weight = quantizer.of_weight(weight, self._cast_to(weight)) if own else quantizer(weight)
         return self.op(input, weight, self.bias, *args, **kwargs)
+
+    def _cast_to(self, weight: Tensor) -> torch.dtype:
+        """The dtype the op computes in under autocast: a quantized weight is written in it at once."""
+        kind = weight.device.type
+        if self.casts and weight.dtype == torch.float32 and weight.is_cuda and torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        return weight.dtype
 
     def effective_weight(self) -> Tensor:
         """The real weight the op applies, of the shape of ``weight``; override it where the float module derives one."""

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eagerq.nn.modules.activation import is_hooked
 from eagerq.quant.code_functions import hardsigmoid_sum
 from eagerq.quant.code_values import Coded
 from eagerq.quant.codes import CodeTensor
-from eagerq.quant.fake_quantize import FakeQuantize
+from eagerq.quant.fake_quantize import FakeQuantize, is_recomputing
+from eagerq.quant.operators import are_fast, fake_quantize_gated, state_before
 from eagerq.quant.spec import QConfig
 
 #: f(x) = x g(x), as the engine multiplies; torch's class of f, f and g.
@@ -72,6 +74,26 @@ class SplitActivation(nn.Module):
         if self.sums and torch.onnx.is_in_onnx_export():  # by its name, whatever the library calls it
             return F.hardsigmoid(x)
         return function(x)
+
+    def in_one_pass(self, x: Tensor, quantizer: nn.Module | None) -> Tensor | None:
+        """``quantizer(self(x))`` where a kernel serves a gate and its three quantizers; None where none does."""
+        first, second, third = self.input_fake_quant, self.gate_fake_quant, quantizer
+        if not (type(first) is FakeQuantize and type(second) is FakeQuantize and type(third) is FakeQuantize):
+            return None
+        three = (first, second, third)
+        like = (first.spec, first.learns)
+        if not are_fast(x) or any((q.spec, q.learns) != like or not q.is_one_pass(x) for q in three):
+            return None
+        if (first.learns and not all(q.is_learned_by_kernels for q in three)) or any(map(is_hooked, (self, self.act, *three))):
+            return None
+        states, scratch = (first.state, second.state, third.state), []
+        if first.learns and is_recomputing():
+            states = (state_before(first.scratch), state_before(second.scratch), state_before(third.scratch))
+        elif first.learns:
+            scratch = [q.scratch for q in three]
+            for q in three if x.numel() else ():
+                q.observed = True
+        return fake_quantize_gated(x, states, scratch, self.gate is F.hardsigmoid, first.constant, first.spec.grid)
 
     def forward(self, x: Tensor, *move: Callable[[Tensor], Tensor]) -> Tensor:
         x = self.input_fake_quant(x, *move)  # a fixed quantizer moves what it quantizes

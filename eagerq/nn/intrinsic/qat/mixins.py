@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eagerq.nn.modules.activation import bounds_of
 from eagerq.nn.modules.batchnorm import HoldsNorm, is_foldable, scale_and_shift
 from eagerq.nn.modules.ops import fold
-from eagerq.nn.qat.base import QATBase, QATOp
-from eagerq.nn.qat.split import split
+from eagerq.nn.qat.base import QATBase, QATOp, activated
+from eagerq.nn.qat.split import SplitActivation, split
 from eagerq.quant.spec import QConfigLike
 
 #: A channel whose largest code is below this is trained on its float weight (see ``WithBn``).
@@ -133,6 +134,15 @@ class WithAct(QATBase):
     def _runs_itself(self) -> tuple[nn.Module, ...]:
         return (self.act, *super()._runs_itself())
 
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if type(self).compute is not WithAct.compute:  # a class of the user's own says what it computes
+            return super().forward(input, *args, **kwargs)
+        if self.input_fake_quant is not None:
+            input = self.input_fake_quant(input)
+        out = super().compute(input, *args, **kwargs)
+        fast = self.act.in_one_pass(out, self.activation_post_process) if isinstance(self.act, SplitActivation) else None
+        return fast if fast is not None else activated(self.act, bounds_of(self.act), self.activation_post_process, out)
+
     def compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out: Tensor = self.act(super().compute(input, *args, **kwargs))
         return out
@@ -161,6 +171,14 @@ class NormActQAT(HoldsNorm, QATBase):
 
     def norm(self) -> nn.Module:
         return self.bn
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if type(self).compute is not NormActQAT.compute:
+            return super().forward(input, *args, **kwargs)
+        if self.input_fake_quant is not None:
+            input = self.input_fake_quant(input)
+        out = self.bn(input, *args, **kwargs)
+        return activated(self.act, bounds_of(self.act), self.activation_post_process, out)
 
     def compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out: Tensor = self.act(self.bn(input, *args, **kwargs))

@@ -1,0 +1,529 @@
+"""Triton kernels: activation, observation and fake quantization in one pass, its backward, and a weight's in one launch.
+
+Each computes what the plain form in ``operators.py`` computes, bit for bit: quotients are rounded as IEEE divisions are, codes
+half to even, and products are not contracted into sums. Tensors are read in the order they lie in memory; offsets are 64
+bits wide.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from eagerq.quant.spec import Grid
+
+#: Values of one program's step, a multiple of 8: eight neighbours share a byte of the mask.
+_BLOCK = 2048
+#: Programs for each multiprocessor; each takes every so many-th block.
+_WAVES = 16
+_WARPS = 8
+
+
+@triton.jit
+def _key(x):
+    """Unsigned integers in the order of float32 values; zero is below all of them."""
+    bits = x.to(tl.uint32, bitcast=True)
+    return tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+
+
+@triton.jit
+def _value(key):
+    """Inverse of ``_key``."""
+    bits = tl.where(key >> 31 != 0, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _round(x):
+    """Half to even, for magnitudes up to 2^22: a float32 of 2^23 and more has no fraction."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _clamp(x, low, high):
+    """Between low and high; NaN stays NaN."""
+    x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _params(
+    least, greatest, QMIN: tl.constexpr, QMAX: tl.constexpr, LEVELS: tl.constexpr, FIXED_ZERO: tl.constexpr,
+    SYMMETRIC: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+):  # fmt: skip
+    """``functional.quantization_params`` of one range."""
+    low = tl.minimum(least, 0.0)
+    high = tl.maximum(greatest, 0.0)
+    if SYMMETRIC:
+        scale = tl.math.div_rn(tl.maximum(-low, high), LEVELS * 1.0)
+    else:
+        scale = tl.math.div_rn(high - low, (QMAX - QMIN) * 1.0)
+    scale = tl.maximum(scale, 9.094947017729282e-13)
+    if POWER_OF_TWO:
+        below = (scale.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        scale = tl.where(below == scale, scale, below * 2.0)
+    if SYMMETRIC:
+        zero = tl.zeros_like(scale) + FIXED_ZERO
+    else:
+        zero = QMIN - _round(tl.math.div_rn(low, scale))
+        zero = tl.minimum(tl.maximum(zero, QMIN * 1.0), QMAX * 1.0)
+    return scale, zero.to(tl.int32)
+
+
+@triton.jit
+def _merged(low, high, least, greatest, constant, MIN_MAX: tl.constexpr):
+    """``observer.merged_range``: the range after one more batch."""
+    if MIN_MAX:
+        new_low = tl.minimum(least, low)
+        new_high = tl.maximum(greatest, high)
+    else:
+        new_low = least + constant * (low - least)
+        new_high = greatest + constant * (high - greatest)
+    first = (least == 0.0) & (greatest == 0.0)
+    new_low = tl.where(first, low, new_low)
+    new_high = tl.where(first, high, new_high)
+    finite = (tl.abs(low) < float("inf")) & (tl.abs(high) < float("inf"))
+    return tl.where(finite, new_low, least), tl.where(finite, new_high, greatest)
+
+
+@triton.jit
+def _code(x, scale, inverse, low, high, FUSED: tl.constexpr):
+    """Clipped codes of x less the zero point, and whether they are what they were before; ``low`` and ``high`` are such codes.
+
+    The quotient is corrected twice by its residual, which a fused product has exactly: it is then the one nearest to x / scale
+    (Markstein, 1990), for x within the grid; further out x is held one code beyond it.
+    """
+    x = _clamp(x, (low - 1.0) * scale, (high + 1.0) * scale)
+    if FUSED:
+        v = x * inverse
+        v = tl.fma(tl.fma(-v, scale, x), inverse, v)
+        v = tl.fma(tl.fma(-v, scale, x), inverse, v)
+    else:  # an interpreter has no fused product
+        v = tl.math.div_rn(x, scale)
+    q = _round(v)
+    clipped = _clamp(q, low, high)
+    return clipped, clipped == q
+
+
+@triton.jit
+def _load(ptr, lanes, start, n, EVEN: tl.constexpr):
+    """float32 values; beyond the last one, that one again."""
+    if EVEN:
+        return tl.load(ptr + start + lanes).to(tl.float32)
+    return tl.load(ptr + tl.minimum(start + lanes, n - 1)).to(tl.float32)
+
+
+@triton.jit
+def _store(ptr, lanes, start, n, values, EVEN: tl.constexpr):
+    values = values.to(ptr.dtype.element_ty)
+    if EVEN:
+        tl.store(ptr + start + lanes, values)
+    else:
+        tl.store(ptr + start + lanes, values, mask=start + lanes < n)
+
+
+@triton.jit
+def _seen(x, low, high):
+    """Least and greatest value so far; a NaN stays."""
+    low = tl.minimum(low, x, propagate_nan=tl.PropagateNan.ALL)
+    return low, tl.maximum(high, x, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _least(x):
+    """Of a block; -inf if it holds a NaN, so that the batch is left out."""
+    x = tl.where(x != x, float("-inf"), x)
+    return tl.min(tl.ravel(x), axis=0)
+
+
+@triton.jit
+def _greatest(x):
+    x = tl.where(x != x, float("inf"), x)
+    return tl.max(tl.ravel(x), axis=0)
+
+
+@triton.jit
+def _give(scratch_ptr, low, high):
+    """Hand a program's range to the others, in words that are zero between launches."""
+    words = scratch_ptr.to(tl.pointer_type(tl.uint32))
+    tl.atomic_max(words, _key(-_least(low)))
+    tl.atomic_max(words + 1, _key(_greatest(high)))
+
+
+@triton.jit
+def _learn(
+    scratch_ptr, scale_ptr, zero_ptr, least_ptr, greatest_ptr, scale, zero, least, greatest, constant,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, LEVELS: tl.constexpr, FIXED_ZERO: tl.constexpr,
+    SYMMETRIC: tl.constexpr, POWER_OF_TWO: tl.constexpr, MIN_MAX: tl.constexpr,
+):  # fmt: skip
+    """Keep the state, then let it learn the range that the programs gave; for the last program alone."""
+    low = -_value(tl.atomic_xchg(scratch_ptr, 0).to(tl.uint32, bitcast=True))
+    high = _value(tl.atomic_xchg(scratch_ptr + 1, 0).to(tl.uint32, bitcast=True))
+    tl.store(scratch_ptr + 3, scale.to(tl.int32, bitcast=True))
+    tl.store(scratch_ptr + 4, zero.to(tl.int32))
+    tl.store(scratch_ptr + 5, least.to(tl.int32, bitcast=True))
+    tl.store(scratch_ptr + 6, greatest.to(tl.int32, bitcast=True))
+    new_least, new_greatest = _merged(low, high, least, greatest, constant, MIN_MAX)
+    new_scale, new_zero = _params(new_least, new_greatest, QMIN, QMAX, LEVELS, FIXED_ZERO, SYMMETRIC, POWER_OF_TWO)
+    known = (new_least != 0.0) | (new_greatest != 0.0)
+    tl.store(least_ptr, new_least)
+    tl.store(greatest_ptr, new_greatest)
+    tl.store(scale_ptr, tl.where(known, new_scale, scale))
+    tl.store(zero_ptr, tl.where(known, new_zero, zero.to(tl.int32)))
+
+
+@triton.jit
+def _activation_forward(
+    x_ptr, out_ptr, mask_ptr, scale_ptr, zero_ptr, least_ptr, greatest_ptr, scratch_ptr, n, low, high, constant,
+    HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, OBSERVE: tl.constexpr, MASK: tl.constexpr,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, LEVELS: tl.constexpr, FIXED_ZERO: tl.constexpr,
+    SYMMETRIC: tl.constexpr, POWER_OF_TWO: tl.constexpr, MIN_MAX: tl.constexpr,
+    EVEN: tl.constexpr, FUSED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    ROWS: tl.constexpr = BLOCK // 8
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    scale = tl.load(scale_ptr)
+    zero = tl.load(zero_ptr).to(tl.float32)
+    least = tl.load(least_ptr)
+    greatest = tl.load(greatest_ptr)
+    known = (least != 0.0) | (greatest != 0.0)
+    unknown = known == 0
+    inverse = tl.math.div_rn(1.0, scale)
+    rows = tl.arange(0, ROWS)
+    lanes = rows[:, None] * 8 + tl.arange(0, 8)[None, :]
+    bits = (1 << tl.arange(0, 8))[None, :]
+    seen_low = tl.full((ROWS, 8), float("inf"), tl.float32)
+    seen_high = tl.full((ROWS, 8), float("-inf"), tl.float32)
+    start = program.to(tl.int64) * BLOCK
+    for _ in range(program, tl.cdiv(n, BLOCK), programs):
+        x = _load(x_ptr, lanes, start, n, EVEN)
+        a = x
+        if HAS_LOW:
+            a = tl.maximum(a, low, propagate_nan=tl.PropagateNan.ALL)
+        if HAS_HIGH:
+            a = tl.minimum(a, high, propagate_nan=tl.PropagateNan.ALL)
+        if OBSERVE:
+            seen_low, seen_high = _seen(a, seen_low, seen_high)
+        q, inside = _code(a, scale, inverse, QMIN - zero, QMAX - zero, FUSED)
+        if MASK:
+            inside = inside | unknown
+            if HAS_LOW:
+                inside = inside & (x > low)
+            if HAS_HIGH:
+                inside = inside & (x < high)
+            if not EVEN:
+                inside = inside & (start + lanes < n)
+            byte = tl.sum(tl.where(inside, bits, 0), axis=1).to(tl.uint8)
+            if EVEN:
+                tl.store(mask_ptr + start // 8 + rows, byte)
+            else:
+                tl.store(mask_ptr + start // 8 + rows, byte, mask=start + rows * 8 < n)
+        _store(out_ptr, lanes, start, n, tl.where(known, q * scale, a), EVEN)
+        start += programs.to(tl.int64) * BLOCK
+    if OBSERVE:
+        _give(scratch_ptr, seen_low, seen_high)
+        tl.debug_barrier()
+        if tl.atomic_add(scratch_ptr + 2, 1) == programs - 1:  # all programs have read the state and given their range
+            tl.atomic_xchg(scratch_ptr + 2, 0)
+            _learn(
+                scratch_ptr, scale_ptr, zero_ptr, least_ptr, greatest_ptr, scale, zero, least, greatest,
+                constant, QMIN, QMAX, LEVELS, FIXED_ZERO, SYMMETRIC, POWER_OF_TWO, MIN_MAX,
+            )  # fmt: skip
+
+
+@triton.jit
+def _masked_gradient(grad_ptr, mask_ptr, out_ptr, n, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    ROWS: tl.constexpr = BLOCK // 8
+    rows = tl.arange(0, ROWS)
+    lanes = rows[:, None] * 8 + tl.arange(0, 8)[None, :]
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    start = program.to(tl.int64) * BLOCK
+    for _ in range(program, tl.cdiv(n, BLOCK), programs):
+        if EVEN:
+            byte = tl.load(mask_ptr + start // 8 + rows)
+            grad = tl.load(grad_ptr + start + lanes)
+        else:
+            byte = tl.load(mask_ptr + start // 8 + rows, mask=start + rows * 8 < n, other=0)
+            grad = tl.load(grad_ptr + start + lanes, mask=start + lanes < n, other=0.0)
+        inside = (byte.to(tl.int32)[:, None] >> tl.arange(0, 8)[None, :]) & 1
+        _store(out_ptr, lanes, start, n, tl.where(inside != 0, grad, 0.0), EVEN)
+        start += programs.to(tl.int64) * BLOCK
+
+
+@triton.jit
+def _gate(x, HARD: tl.constexpr):
+    """The gate of SiLU or Hardswish."""
+    if HARD:
+        return tl.math.div_rn(_clamp(x + 3.0, 0.0, 6.0), 6.0)
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _state(scale_ptr, zero_ptr, least_ptr, greatest_ptr):
+    least = tl.load(least_ptr)
+    greatest = tl.load(greatest_ptr)
+    return tl.load(scale_ptr), tl.load(zero_ptr).to(tl.float32), least, greatest, (least != 0.0) | (greatest != 0.0)
+
+
+@triton.jit
+def _used(used_ptr, scale, zero, known):
+    """What a backward computes with."""
+    tl.store(used_ptr, scale)
+    tl.store(used_ptr + 1, zero)
+    tl.store(used_ptr + 2, known.to(tl.float32))
+
+
+@triton.jit
+def _gated_forward(
+    x_ptr, out_ptr, used_ptr, scratch_ptr, g_scratch_ptr, y_scratch_ptr,
+    scale_ptr, zero_ptr, least_ptr, greatest_ptr, g_scale_ptr, g_zero_ptr, g_least_ptr, g_greatest_ptr,
+    y_scale_ptr, y_zero_ptr, y_least_ptr, y_greatest_ptr, n, constant, HARD: tl.constexpr, OBSERVE: tl.constexpr,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, LEVELS: tl.constexpr, FIXED_ZERO: tl.constexpr,
+    SYMMETRIC: tl.constexpr, POWER_OF_TWO: tl.constexpr, MIN_MAX: tl.constexpr,
+    EVEN: tl.constexpr, FUSED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    scale, zero, least, greatest, known = _state(scale_ptr, zero_ptr, least_ptr, greatest_ptr)
+    g_scale, g_zero, g_least, g_greatest, g_known = _state(g_scale_ptr, g_zero_ptr, g_least_ptr, g_greatest_ptr)
+    y_scale, y_zero, y_least, y_greatest, y_known = _state(y_scale_ptr, y_zero_ptr, y_least_ptr, y_greatest_ptr)
+    inverse = tl.math.div_rn(1.0, scale)
+    g_inverse = tl.math.div_rn(1.0, g_scale)
+    y_inverse = tl.math.div_rn(1.0, y_scale)
+    if program == 0:
+        _used(used_ptr, scale, zero, known)
+        _used(used_ptr + 3, g_scale, g_zero, g_known)
+        _used(used_ptr + 6, y_scale, y_zero, y_known)
+    lanes = tl.arange(0, BLOCK)
+    low = tl.full((BLOCK,), float("inf"), tl.float32)
+    high = tl.full((BLOCK,), float("-inf"), tl.float32)
+    g_low = low
+    g_high = high
+    y_low = low
+    y_high = high
+    kind = x_ptr.dtype.element_ty
+    start = program.to(tl.int64) * BLOCK
+    for _ in range(program, tl.cdiv(n, BLOCK), programs):
+        x = _load(x_ptr, lanes, start, n, EVEN)
+        q, _inside = _code(x, scale, inverse, QMIN - zero, QMAX - zero, FUSED)
+        a = tl.where(known, q * scale, x).to(kind).to(tl.float32)  # rounded where the modules' own tensors are
+        gate = _gate(a, HARD).to(kind).to(tl.float32)
+        q, _inside = _code(gate, g_scale, g_inverse, QMIN - g_zero, QMAX - g_zero, FUSED)
+        b = tl.where(g_known, q * g_scale, gate).to(kind).to(tl.float32)
+        y = (a * b).to(kind).to(tl.float32)
+        q, _inside = _code(y, y_scale, y_inverse, QMIN - y_zero, QMAX - y_zero, FUSED)
+        if OBSERVE:
+            low, high = _seen(x, low, high)
+            g_low, g_high = _seen(gate, g_low, g_high)
+            y_low, y_high = _seen(y, y_low, y_high)
+        _store(out_ptr, lanes, start, n, tl.where(y_known, q * y_scale, y), EVEN)
+        start += programs.to(tl.int64) * BLOCK
+    if OBSERVE:
+        _give(scratch_ptr, low, high)
+        _give(g_scratch_ptr, g_low, g_high)
+        _give(y_scratch_ptr, y_low, y_high)
+        tl.debug_barrier()
+        if tl.atomic_add(scratch_ptr + 2, 1) == programs - 1:
+            tl.atomic_xchg(scratch_ptr + 2, 0)
+            _learn(
+                scratch_ptr, scale_ptr, zero_ptr, least_ptr, greatest_ptr, scale, zero, least, greatest,
+                constant, QMIN, QMAX, LEVELS, FIXED_ZERO, SYMMETRIC, POWER_OF_TWO, MIN_MAX,
+            )  # fmt: skip
+            _learn(
+                g_scratch_ptr, g_scale_ptr, g_zero_ptr, g_least_ptr, g_greatest_ptr, g_scale, g_zero,
+                g_least, g_greatest, constant, QMIN, QMAX, LEVELS, FIXED_ZERO, SYMMETRIC, POWER_OF_TWO, MIN_MAX,
+            )  # fmt: skip
+            _learn(
+                y_scratch_ptr, y_scale_ptr, y_zero_ptr, y_least_ptr, y_greatest_ptr, y_scale, y_zero,
+                y_least, y_greatest, constant, QMIN, QMAX, LEVELS, FIXED_ZERO, SYMMETRIC, POWER_OF_TWO, MIN_MAX,
+            )  # fmt: skip
+
+
+@triton.jit
+def _gated_backward(
+    grad_ptr, x_ptr, out_ptr, used_ptr, n, HARD: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
+    EVEN: tl.constexpr, FUSED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    scale = tl.load(used_ptr)
+    zero = tl.load(used_ptr + 1)
+    unknown = (tl.load(used_ptr + 2) != 0.0) == 0
+    g_scale = tl.load(used_ptr + 3)
+    g_zero = tl.load(used_ptr + 4)
+    g_unknown = (tl.load(used_ptr + 5) != 0.0) == 0
+    y_scale = tl.load(used_ptr + 6)
+    y_zero = tl.load(used_ptr + 7)
+    y_unknown = (tl.load(used_ptr + 8) != 0.0) == 0
+    inverse = tl.math.div_rn(1.0, scale)
+    g_inverse = tl.math.div_rn(1.0, g_scale)
+    y_inverse = tl.math.div_rn(1.0, y_scale)
+    kind = x_ptr.dtype.element_ty
+    lanes = tl.arange(0, BLOCK)
+    start = program.to(tl.int64) * BLOCK
+    for _ in range(program, tl.cdiv(n, BLOCK), programs):
+        x = _load(x_ptr, lanes, start, n, EVEN)
+        grad = _load(grad_ptr, lanes, start, n, EVEN)
+        q, passes = _code(x, scale, inverse, QMIN - zero, QMAX - zero, FUSED)
+        a = tl.where(unknown, x, q * scale).to(kind).to(tl.float32)
+        fine = _gate(a, HARD)
+        gate = fine.to(kind).to(tl.float32)
+        q, gate_passes = _code(gate, g_scale, g_inverse, QMIN - g_zero, QMAX - g_zero, FUSED)
+        b = tl.where(g_unknown, gate, q * g_scale).to(kind).to(tl.float32)
+        q, y_passes = _code((a * b).to(kind).to(tl.float32), y_scale, y_inverse, QMIN - y_zero, QMAX - y_zero, FUSED)
+        if HARD:
+            slope = tl.where((a > -3.0) & (a < 3.0), 1.0 / 6.0, 0.0)
+        else:
+            slope = fine * (1.0 - fine)
+        slope = b + tl.where(gate_passes | g_unknown, a * slope, 0.0)
+        grad = tl.where((passes | unknown) & (y_passes | y_unknown), grad * slope, 0.0)
+        _store(out_ptr, lanes, start, n, grad, EVEN)
+        start += programs.to(tl.int64) * BLOCK
+
+
+@triton.jit
+def _weight_forward(
+    weight_ptr, out_ptr, scale_ptr, zero_ptr, least_ptr, greatest_ptr, length,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, LEVELS: tl.constexpr, FIXED_ZERO: tl.constexpr,
+    SYMMETRIC: tl.constexpr, POWER_OF_TWO: tl.constexpr, FUSED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    channel = tl.program_id(0)
+    start = channel.to(tl.int64) * length
+    lanes = tl.arange(0, BLOCK)
+    seen_low = tl.full((BLOCK,), float("inf"), tl.float32)
+    seen_high = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for offset in range(0, length, BLOCK):
+        w = _load(weight_ptr + start, lanes, offset, length, False)
+        seen_low, seen_high = _seen(w, seen_low, seen_high)
+    low = _least(seen_low)
+    high = _greatest(seen_high)
+    finite = (tl.abs(low) < float("inf")) & (tl.abs(high) < float("inf"))
+    least = tl.where(finite, low, tl.load(least_ptr + channel))
+    greatest = tl.where(finite, high, tl.load(greatest_ptr + channel))
+    scale, zero = _params(least, greatest, QMIN, QMAX, LEVELS, FIXED_ZERO, SYMMETRIC, POWER_OF_TWO)
+    tl.store(least_ptr + channel, least)
+    tl.store(greatest_ptr + channel, greatest)
+    tl.store(scale_ptr + channel, scale)
+    tl.store(zero_ptr + channel, zero)
+    inverse = tl.math.div_rn(1.0, scale)
+    z = zero.to(tl.float32)
+    for offset in range(0, length, BLOCK):
+        w = _load(weight_ptr + start, lanes, offset, length, False)
+        q, _inside = _code(w, scale, inverse, QMIN - z, QMAX - z, FUSED)
+        _store(out_ptr + start, lanes, offset, length, q * scale, False)
+
+
+# --- launches
+
+_COMPILED: dict[Any, Any] = {}
+_PROCESSORS: dict[int, int] = {}
+
+
+@functools.cache
+def _interprets() -> bool:
+    return not isinstance(_code, triton.runtime.JITFunction)
+
+
+def _launch(kernel: Any, programs: int, args: tuple[Any, ...], constants: tuple[Any, ...], warps: int) -> None:
+    """``kernel`` by ``args`` and its compile-time ``constants``, in the order of its parameters.
+
+    Triton finds a kernel's compiled form by all its arguments, in some hundred microseconds of Python; here it is found by
+    what it depends on: dtypes, device, whether sizes and the large tensors' addresses are multiples of 16.
+    """
+    first = args[0]
+    device = first.get_device()
+    other = first.is_cuda and device != torch.cuda.current_device()
+    with torch.cuda.device(device) if other else contextlib.nullcontext():  # Triton launches on the current device
+        key = (
+            kernel,
+            device,
+            constants,
+            warps,
+            *[
+                (a.dtype, a.data_ptr() & 15) if isinstance(a, Tensor) else (a & 15, a == 1, a >> 31) if type(a) is int else 0
+                for a in args
+            ],
+        )
+        compiled = _COMPILED.get(key)
+        if compiled is None:
+            _COMPILED[key] = kernel[(programs,)](*args, *constants, num_warps=warps, enable_fp_fusion=False)
+        else:
+            compiled[(programs, 1, 1)](*args, *constants)
+
+
+def _programs(x: Tensor, n: int, block: int) -> int:
+    index = x.get_device()
+    if index not in _PROCESSORS:
+        _PROCESSORS[index] = torch.cuda.get_device_properties(index).multi_processor_count if x.is_cuda else 1
+    return min(-(-n // block), _PROCESSORS[index] * _WAVES)
+
+
+def activation_forward(
+    x: Tensor, out: Tensor, mask: Tensor | None, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor,
+    scratch: Tensor | None, low: float | None, high: float | None, constant: float | None, grid: Grid,
+) -> None:  # fmt: skip
+    """Launch: ``out`` and ``mask`` of ``x``, which lie in memory as ``x`` does; with ``scratch`` the state learns."""
+    n = x.numel()
+    if n:
+        state = (scale, zero_point, min_val, max_val, scale if scratch is None else scratch)
+        ends = (low or 0.0, high or 0.0, constant or 0.0)
+        _launch(
+            _activation_forward, _programs(x, n, _BLOCK), (x, out, out if mask is None else mask, *state, n, *ends),
+            (low is not None, high is not None, scratch is not None, mask is not None, *grid, constant is None,
+             n % _BLOCK == 0, not _interprets(), _BLOCK), _WARPS,
+        )  # fmt: skip
+
+
+def masked_gradient(grad: Tensor, mask: Tensor, out: Tensor) -> None:
+    """Launch: ``out`` is ``grad`` where the mask's bit is set, else zero; both lie in memory alike."""
+    n = grad.numel()
+    if n:
+        _launch(_masked_gradient, _programs(grad, n, _BLOCK), (grad, mask, out, n), (n % _BLOCK == 0, _BLOCK), _WARPS)
+
+
+def gated_forward(
+    x: Tensor, out: Tensor, used: Tensor, scratch: list[Tensor], state: list[Tensor], hard: bool, constant: float | None,
+    grid: Grid,
+) -> None:  # fmt: skip
+    """Launch: ``out`` of ``x``, and nine numbers ``used`` that its backward needs; with ``scratch`` the state learns."""
+    n = x.numel()
+    if n:
+        block = _BLOCK // 2
+        _launch(
+            _gated_forward, _programs(x, n, block),
+            (x, out, used, *(scratch or [used] * 3), *state, n, constant or 0.0),
+            (hard, bool(scratch), *grid, constant is None, n % block == 0, not _interprets(), block), 4,
+        )  # fmt: skip
+
+
+def gated_backward(grad: Tensor, x: Tensor, out: Tensor, used: Tensor, hard: bool, quant_min: int, quant_max: int) -> None:
+    """Launch: the gradient of ``gated_forward``; all lie in memory alike."""
+    n = x.numel()
+    if n:
+        block = _BLOCK // 2
+        _launch(
+            _gated_backward, _programs(x, n, block), (grad, x, out, used, n),
+            (hard, quant_min, quant_max, n % block == 0, not _interprets(), block), 4,
+        )  # fmt: skip
+
+
+def weight_forward(
+    weight: Tensor, out: Tensor, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor, grid: Grid
+) -> None:
+    """Launch: one program for each channel, whose values lie together."""
+    channels = scale.numel()
+    length = weight.numel() // max(channels, 1)
+    if length:
+        block = min(4096, triton.next_power_of_2(length))
+        _launch(
+            _weight_forward, channels, (weight, out, scale, zero_point, min_val, max_val, length),
+            (*grid, not _interprets(), block), 8 if block > 1024 else 4 if block > 256 else 1,
+        )  # fmt: skip
