@@ -1,0 +1,253 @@
+"""What a training step costs under QAT, beside the float step: eagerq, torch.ao's eager mode, torchao's pt2e and Brevitas.
+
+All variants of one net, precision and mode stand in one process and take turns, step by step, the first of a round changing. A
+ratio of step times is the median over rounds of variant / float in the same round. A step is forward, cross entropy on float
+logits, backward, SGD with momentum, gradients dropped. Kernel time is the device time of all kernels and copies of a step, by
+torch.profiler; memory is the peak of one step with what the other variants hold taken off; the first step holds what
+torch.compile, Triton and lazy set-up cost, from empty caches. An unmeasured float step goes first, so that cuDNN's search is in
+no variant's first step. A variant that is not installed or fails is a row that says why.
+
+Precisions: fp32 (TF32 on CUDA), bf16 (autocast), pure-bf16 (weights too). Modes: eager, compiled (torch.compile).
+
+Usage: python benchmarks/qat_step.py [--models NAME ...] [--batch N] [--size PX] [--precisions fp32 bf16 pure-bf16]
+           [--modes eager compiled] [--variants float eagerq ...] [--rounds N] [--budget-seconds S] [--json PATH] [--plot PATH]
+
+The peers come with ``pip install eagerq[bench]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import importlib
+import logging
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from qat_measure import Step, Turn, held_bytes, kernels, peak_bytes, synchronize, timed
+from qat_output import Row, in_words, machine, plot, show, write_json
+from qat_variants import VARIANTS, float_model
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+CUDA_NETS = ["resnet50", "mobilenetv2_100", "efficientnet_b0", "convnext_tiny"]
+PRECISIONS = ("fp32", "bf16", "pure-bf16")
+FEWEST_ROUNDS = 5  # even when the budget is spent
+FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+
+
+def arguments() -> argparse.Namespace:
+    """Options, with the defaults of the device filled in."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", help=f"timm's names; on CUDA {' '.join(CUDA_NETS)}, on a CPU resnet18")
+    parser.add_argument("--batch", type=int, help="128 on CUDA, 16 on a CPU")
+    parser.add_argument("--size", type=int, help="224 on CUDA, 96 on a CPU")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, help="bf16 fp32 on CUDA, fp32 on a CPU")
+    parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), help="eager compiled on CUDA, eager on a CPU")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--compiled-variants", nargs="+", choices=list(VARIANTS), help="in compiled mode; else as --variants")
+    parser.add_argument("--rounds", type=int, help="turns of each variant; 30 on CUDA, 12 on a CPU")
+    parser.add_argument("--warm-up", type=int, default=5, help="steps after the first that are not measured")
+    parser.add_argument("--profiled-steps", type=int, default=3)
+    parser.add_argument("--compile-mode", default="default")
+    parser.add_argument("--memory-format", choices=list(FORMATS), help="channels_last on CUDA, contiguous on a CPU")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU form")
+    parser.add_argument("--device", help="cuda where there is one, else cpu")
+    parser.add_argument("--budget-seconds", type=float, help="after these nothing new is begun")
+    parser.add_argument("--keep-caches", action="store_true", help="use what was compiled by earlier runs")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    options.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    cuda = options.device.type == "cuda"
+    defaults = {
+        "models": CUDA_NETS if cuda else ["resnet18"],
+        "batch": 128 if cuda else 16,
+        "size": 224 if cuda else 96,
+        "precisions": ["bf16", "fp32"] if cuda else ["fp32"],
+        "modes": ["eager", "compiled"] if cuda else ["eager"],
+        "compiled_variants": options.variants,
+        "rounds": 30 if cuda else 12,
+        "memory_format": "channels_last" if cuda else "contiguous",
+    }
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
+
+
+def in_one_line(error: BaseException) -> str:
+    """What went wrong, for a row."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+
+
+class Group:
+    """One net in one precision and mode: each variant alone, then all in turns."""
+
+    def __init__(self, options: argparse.Namespace, model: str, precision: str, mode: str, late: Callable[[], bool]) -> None:
+        self.options, self.model, self.precision, self.mode, self.late = options, model, precision, mode, late
+        dtype = torch.bfloat16 if precision == "pure-bf16" else torch.float32
+        torch.manual_seed(0)
+        batch = torch.randn(options.batch, 3, options.size, options.size, device=options.device, dtype=dtype)
+        self.x: Tensor = batch.contiguous(memory_format=FORMATS[options.memory_format])
+        self.y = torch.randint(0, 1000, (options.batch,), device=options.device)
+        self.batch_bytes = sum(t.numel() * t.element_size() for t in (self.x, self.y))
+        self.steps: dict[str, Step] = {}
+        names = options.variants if mode == "eager" else options.compiled_variants
+        self.rows = {name: Row(model, precision, mode, name, error="not begun") for name in names}
+
+    def step_of(self, variant: str, mode: str) -> tuple[Step, str]:
+        """A variant ready to take its first step, and its note."""
+        built = VARIANTS[variant](float_model(self.model, self.x, FORMATS[self.options.memory_format]), self.x)
+        compile_mode = self.options.compile_mode if mode == "compiled" else None
+        return Step(built.module, self.x, self.y, self.precision == "bf16", compile_mode), built.note
+
+    def run(self, after_each: Callable[[], None]) -> None:
+        """Measure; ``after_each`` is called when a variant's own figures are there."""
+        with contextlib.suppress(Exception):  # then each variant says it in its row
+            self.step_of("float", "eager")[0]()
+        self.forget()
+        for row in self.rows.values():
+            if self.late():
+                row.error = "not begun: the budget is spent"
+                continue
+            try:
+                row.error = None
+                self.alone(row)
+            except Exception as error:  # whatever a peer raises is its row's
+                row.error = in_one_line(error)
+                self.steps.pop(row.variant, None)
+            self.forget()
+            state = row.error or f"first step {row.first_step_s:.1f} s"
+            print(f"{self.model} {self.precision} {self.mode} {row.variant}: {state}", file=sys.stderr, flush=True)
+            after_each()
+        self.in_turns()
+        self.steps.clear()
+        if self.mode == "compiled":
+            torch._dynamo.reset()
+        self.forget()
+
+    def forget(self) -> None:
+        """Free what nothing holds."""
+        gc.collect()
+        if self.x.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def alone(self, row: Row) -> None:
+        """Build a variant, take its first step, warm it, and read its memory and kernels."""
+        device = self.x.device
+        held = held_bytes(device) - self.batch_bytes
+        start = time.perf_counter()
+        step, row.note = self.step_of(row.variant, self.mode)
+        synchronize(device)
+        self.forget()
+        row.build_s = time.perf_counter() - start
+        counters.clear()
+        start = time.perf_counter()
+        loss = step()
+        synchronize(device)
+        row.first_step_s = time.perf_counter() - start
+        row.first_loss = float(loss)
+        if self.mode == "compiled":
+            graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+            row.add_note(f"{graphs} graphs, {breaks} breaks")
+        for _ in range(self.options.warm_up):
+            loss = step()
+        row.last_loss = float(loss)
+        if not math.isfinite(row.last_loss):
+            row.add_note(f"the loss is {row.last_loss}")
+        try:
+            row.peak_bytes = peak_bytes(step, held)
+            found = kernels(step, self.options.profiled_steps)
+        except Exception as error:  # a profiler that does not work here leaves the times on the wall
+            row.add_note(f"not profiled: {in_one_line(error)}")
+        else:
+            if found is not None:
+                row.kernel_ms, row.launches, row.top_kernels = found.ms, found.launches, found.top
+        self.steps[row.variant] = step
+
+    def in_turns(self) -> None:
+        """Rounds in which each variant takes one step."""
+        turns: dict[str, list[Turn]] = {name: [] for name in self.steps}
+        for i in range(-1, self.options.rounds):  # the round before the first is not measured
+            if i >= FEWEST_ROUNDS and self.late():
+                break
+            names = list(self.steps)
+            first = i % len(names) if names else 0
+            for name in names[first:] + names[:first]:
+                try:
+                    turn = timed(self.steps[name])
+                except Exception as error:
+                    self.rows[name].error = in_one_line(error)
+                    del self.steps[name]
+                    continue
+                if i >= 0:
+                    turns[name].append(turn)
+        walls = {name: [turn.wall for turn in found] for name, found in turns.items()}
+        for name, found in turns.items():
+            row = self.rows[name]
+            if found:
+                row.rounds = len(found)
+                row.wall_ms = statistics.median(walls[name])
+                row.host_ms = statistics.median(turn.host for turn in found)
+            if "float" in turns:
+                row.compare(self.rows["float"], walls[name], walls["float"])
+
+
+def main() -> None:
+    """Print a table, write JSON and a plot."""
+    options = arguments()
+    begun = time.perf_counter()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its word of every start and stop
+    caches = tempfile.TemporaryDirectory(prefix="qat_step", ignore_cleanup_errors=True)
+    if not options.keep_caches:
+        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": f"{caches.name}/inductor", "TRITON_CACHE_DIR": f"{caches.name}/triton"}
+    if options.device.type == "cpu":
+        torch.set_num_threads(options.threads)
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    with contextlib.suppress(Exception):  # then its rows say why
+        importlib.import_module("eagerq")
+    about, given = machine(options.device), {key: getattr(options, key) for key in vars(options)}
+    title = in_words(about, given)
+    print(title, flush=True)
+    rows: list[Row] = []
+
+    def late() -> bool:
+        return options.budget_seconds is not None and time.perf_counter() - begun > options.budget_seconds
+
+    def save() -> None:
+        if options.json:
+            write_json(options.json, about, given, rows)
+
+    groups = [(m, p, k) for m in options.models for p in options.precisions for k in options.modes]
+    for i, names in enumerate(groups):
+        if late():
+            print(f"budget of {options.budget_seconds:.0f} s spent; not run: {', '.join(' '.join(g) for g in groups[i:])}")
+            break
+        group = Group(options, *names, late)
+        rows += group.rows.values()
+        group.run(save)
+        save()
+        del group
+        print(f"{' '.join(names)}: done after {time.perf_counter() - begun:.0f} s", flush=True)
+    show(rows)
+    if options.plot and not plot(options.plot, title, rows):
+        print("no plot: matplotlib is not installed")
+    caches.cleanup()
+
+
+if __name__ == "__main__":
+    main()
