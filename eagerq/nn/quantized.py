@@ -186,10 +186,11 @@ class QuantizedModule(QuantState):
         if self.input_fake_quant is not None:
             input = self.input_fake_quant(input)
         codes = None if self.profile is None else codes_of(input)
-        if codes is not None and self.weight_scale is not None and (self.bias_codes is None or self.bias_scale is not None):
-            bias = self.bias_codes
-            if bias is not None and self.bias_scale is not None and bias.dtype != torch.int32:
-                bias = on_sums(bias, self.bias_scale, codes, self.weight_scale)
+        bias = None
+        if codes is not None and self.weight_scale is not None and self.bias_codes is not None:
+            shifts = self.bias_codes.dtype != torch.int32
+            bias = on_sums(self.bias_codes, self.bias_scale, codes, self.weight_scale, shifts)
+        if codes is not None and self.weight_scale is not None and (bias is not None or self.bias_codes is None):
             kept = self.weight_codes, self.weight_zero_point
             out: Tensor = integer_map(self, codes, self._weight_about_zero, self.weight_scale, bias, args, kwargs, kept)  # type: ignore[arg-type]
         else:
