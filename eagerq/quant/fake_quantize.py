@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from eagerq.errors import StateError
 from eagerq.quant.codes import encode
-from eagerq.quant.engine import EngineProfile
+from eagerq.quant.engine import FollowsEngine
 from eagerq.quant.functional import fake_quantize, quantization_params
 from eagerq.quant.observer import Observer, QuantState
 from eagerq.quant.spec import QuantSpec
 
 
-class FakeQuantize(QuantState):
+class FakeQuantize(FollowsEngine, QuantState):
     r"""Replaces each value by the real value of its code (see ``functional.fake_quantize``).
 
     In training it first observes its input. In eval its state never changes. Until it has observed
@@ -32,9 +32,6 @@ class FakeQuantize(QuantState):
     and the observer's. ``fake_quant_enabled`` and ``observer_enabled`` are Python bools (torch.compile
     guards on them) which the state_dict holds under torch.ao's keys.
     """
-
-    #: Set by ``exact_mode``: the engine whose codes the eval forward gives.
-    profile: EngineProfile | None = None
 
     scale: Tensor
     zero_point: Tensor

@@ -15,7 +15,7 @@ from eagerq.nn.modules.batchnorm import HoldsNorm
 from eagerq.nn.modules.hooks import POST_HOOKS, PRE_HOOKS, release_hooks, share_hooks
 from eagerq.nn.modules.ops import Op
 from eagerq.quant.code_values import Coded
-from eagerq.quant.engine import EngineProfile
+from eagerq.quant.engine import FollowsEngine
 from eagerq.quant.fake_quantize import FakeQuantize
 from eagerq.quant.functional import MIN_SCALE, dequantize, power_of_two, quantization_params, quantize, straight_through
 from eagerq.quant.spec import QConfig, QConfigLike, QuantSpec, get_qconfig
@@ -69,7 +69,7 @@ def on_sums(bias: Tensor | None, bias_scale: Tensor | None, x: Coded, weight_sca
     return bias if torch.allclose(bias_scale.float(), unit, rtol=1e-6, atol=0.0) else None
 
 
-class QATBase(nn.Module):
+class QATBase(FollowsEngine, nn.Module):
     """A module with a QAT form: what it converts, its qconfig and its activation quantizers.
 
     ``activation_post_process`` quantizes the output, ``input_fake_quant`` the input; each is None
@@ -78,9 +78,6 @@ class QATBase(nn.Module):
 
     #: The float class ``from_float`` takes, exactly; torch.ao's name.
     _FLOAT_MODULE: ClassVar[type[nn.Module]] = nn.Module
-
-    #: Set by ``exact_mode``: the engine whose arithmetic the eval forward follows.
-    profile: EngineProfile | None = None
 
     qconfig: QConfig
     activation_post_process: nn.Module | None
