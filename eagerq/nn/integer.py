@@ -58,7 +58,8 @@ def integer_map(
     # other devices pick algorithms that are exact for no integers (Winograd), and a lower precision is allowed to round
     narrow = largest < EXACT_FLOAT32 and weight.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
     dtype = torch.float32 if narrow else torch.float64
-    total = op.op(inputs.to(dtype), weight.to(dtype), None, *args, **kwargs)
+    with torch.autocast(x.codes.device.type, enabled=False):  # which would sum in half precision
+        total = op.op(inputs.to(dtype), weight.to(dtype), None, *args, **kwargs)
     if not narrow:
         total = total.round()
     if bias is not None:

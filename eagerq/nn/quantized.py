@@ -14,7 +14,7 @@ from eagerq.nn.modules.hooks import POST_HOOKS, PRE_HOOKS, share_hooks
 from eagerq.nn.modules.ops import Op
 from eagerq.nn.qat.base import QATBase, QATOp, on_sums
 from eagerq.quant.codes import encode
-from eagerq.quant.engine import EngineProfile
+from eagerq.quant.engine import FollowsEngine
 from eagerq.quant.fake_quantize import FakeQuantize
 from eagerq.quant.functional import dequantize, fake_quantize
 from eagerq.quant.observer import QuantState
@@ -32,15 +32,12 @@ def _onnx(op: str, inputs: tuple[Tensor, ...], like: Tensor, dtype: torch.dtype,
     return torch.onnx.ops.symbolic(op, inputs, attrs or {}, dtype=dtype, shape=like.shape, version=_OPSET)
 
 
-class QuantizeDequantize(QuantState):
+class QuantizeDequantize(FollowsEngine, QuantState):
     """A fixed quantizer: the fake quantizer's scale and zero point, for good.
 
     Buffers ``scale`` (float, ``()``) and ``zero_point`` (int8 or uint8, ``()``). In an ONNX export it
     is QuantizeLinear and DequantizeLinear.
     """
-
-    #: Set by ``exact_mode``: the engine whose codes the forward gives.
-    profile: EngineProfile | None = None
 
     scale: Tensor
     zero_point: Tensor
@@ -72,7 +69,7 @@ class QuantizeDequantize(QuantState):
         return str(self.spec)
 
 
-class QuantizedModule(QuantState):
+class QuantizedModule(FollowsEngine, QuantState):
     r"""One linear map with integer weights, its activation and its quantizers; built by ``from_qat``.
 
     :math:`y = Q(f(op(x, (q_w - z_w) s_w) + q_b s_b))`, with the batch norm folded into
@@ -84,9 +81,6 @@ class QuantizedModule(QuantState):
     and ``bias_scale`` None; where the qconfig keeps the weight float, it is real and ``weight_scale`` None.
     ``weight`` and ``bias`` are the real values of the codes, for code that reads them from outside.
     """
-
-    #: Set by ``exact_mode``: the engine whose arithmetic the forward follows.
-    profile: EngineProfile | None = None
 
     weight_codes: Tensor
     weight_scale: Tensor | None
@@ -186,10 +180,11 @@ class QuantizedModule(QuantState):
         if self.input_fake_quant is not None:
             input = self.input_fake_quant(input)
         codes = None if self.profile is None else codes_of(input)
-        if codes is not None and self.weight_scale is not None and (self.bias_codes is None or self.bias_scale is not None):
-            bias = self.bias_codes
-            if bias is not None and self.bias_scale is not None and bias.dtype != torch.int32:
-                bias = on_sums(bias, self.bias_scale, codes, self.weight_scale)
+        bias = None
+        if codes is not None and self.weight_scale is not None and self.bias_codes is not None:
+            shifts = self.bias_codes.dtype != torch.int32
+            bias = on_sums(self.bias_codes, self.bias_scale, codes, self.weight_scale, shifts)
+        if codes is not None and self.weight_scale is not None and (bias is not None or self.bias_codes is None):
             kept = self.weight_codes, self.weight_zero_point
             out: Tensor = integer_map(self, codes, self._weight_about_zero, self.weight_scale, bias, args, kwargs, kept)  # type: ignore[arg-type]
         else:

@@ -40,6 +40,8 @@ def _moved(func: Any, args: Any, kwargs: Any) -> Any:
     if not isinstance(x, Coded):
         return NotImplemented
     out = moved(func, x.codes, args[1:], kwargs)
+    if out is x.codes:
+        return x
     if isinstance(out, Tensor):
         return dataclasses.replace(x, codes=out) if out.dtype == x.codes.dtype else NotImplemented
     if isinstance(out, (tuple, list)) and all(isinstance(part, Tensor) for part in out):
@@ -119,7 +121,7 @@ def _hardtanh(func: Any, args: Any, kwargs: Any) -> Any:
 def _clamp(func: Any, args: Any, kwargs: Any) -> Any:
     given = dict(zip(("min", "max"), args[1:])) | kwargs  # noqa: B905
     low, high = given.get("min"), given.get("max")
-    if isinstance(low, Tensor) or isinstance(high, Tensor):
+    if isinstance(low, (Tensor, Value)) or isinstance(high, (Tensor, Value)):
         return NotImplemented
     return _clip(-math.inf if low is None else low, math.inf if high is None else high, args, func.__name__ == "clamp_")
 
@@ -271,7 +273,8 @@ def _normalised(func: Any, args: Any, kwargs: Any) -> Any:
     names = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
     given = dict(zip(names, args[1:])) | kwargs  # noqa: B905
     x, mean, var = args[0], given.get("running_mean"), given.get("running_var")
-    if given.get("training") or mean is None or var is None or not isinstance(x, Value):
+    ours = func is torch.nn.functional.batch_norm  # torch.batch_norm takes its arguments in another order
+    if not ours or given.get("training") or mean is None or var is None or not isinstance(x, Value):
         return NotImplemented
     real = x.real()
     note_float("batch_norm")
@@ -286,7 +289,7 @@ def _tabled(name: str) -> Callable[[Any, Any, Any], Any]:
 
     def handler(func: Any, args: Any, kwargs: Any) -> Any:
         x = _operand(args[0])
-        if x is None or (func.__name__.endswith("_") and not func.__name__.startswith("__")):
+        if x is None:
             return NotImplemented
         own = getattr(x.profile, name, None)
         rest = {key: value for key, value in kwargs.items() if key != "inplace"}
@@ -295,7 +298,7 @@ def _tabled(name: str) -> Callable[[Any, Any, Any], Any]:
             out: Tensor = func(real, *args[1:2], **rest) if own is None else own(real)
             return out
 
-        return Pending(
+        result = Pending(
             x.codes.shape,
             x.codes.device,
             lambda: function(x.real()),
@@ -303,6 +306,7 @@ def _tabled(name: str) -> Callable[[Any, Any, Any], Any]:
             x.profile,
             name,
         )
+        return InPlace(result) if kwargs.get("inplace") else result
 
     return handler
 
@@ -380,11 +384,14 @@ def _padded(func: Any, args: Any, kwargs: Any) -> Any:
 _MOVING = (
     "flatten unflatten view reshape permute transpose swapaxes swapdims movedim squeeze unsqueeze contiguous clone detach"
     " __getitem__ chunk split unbind narrow select expand repeat tile roll flip pixel_shuffle pixel_unshuffle channel_shuffle"
-    " split_with_sizes tensor_split expand_as view_as reshape_as index_select permute_reversed mT"
+    " split_with_sizes tensor_split expand_as view_as reshape_as index_select permute_reversed mT data"
 ).split()
+_DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d")
+#: Those whose result may share its argument's memory.
+VIEWS = {*_MOVING, *_DROPOUTS}.difference("clone roll flip repeat tile pixel_shuffle pixel_unshuffle index_select".split())
 HANDLERS: dict[str, Callable[[Any, Any, Any], Any]] = {
     **dict.fromkeys(_MOVING, _moved),
-    **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d"), _same),
+    **dict.fromkeys(_DROPOUTS, _same),
     **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool2d"), _pooled_max),
     **dict.fromkeys(("relu", "relu_"), _relu),
     "relu6": _relu6,

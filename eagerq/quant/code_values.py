@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from eagerq.quant.engine import EngineProfile, Grid
+from eagerq.quant.pieces import in_pieces
 
 #: Called with the name of each function that ran on real values though it was given codes.
 on_float: Callable[[str], None] | None = None
@@ -42,6 +43,33 @@ class Value:
         """Of the tensor."""
         raise NotImplementedError  # pragma: no cover
 
+    def laid_out(self) -> Tensor:
+        """A tensor of this shape as it lies in memory."""
+        raise NotImplementedError  # pragma: no cover
+
+
+@dataclasses.dataclass
+class Real(Value):
+    """Real values that a function wrote in place: a plain tensor, whose views see what is written next."""
+
+    tensor: Tensor
+    profile: EngineProfile
+
+    def real(self) -> Tensor:
+        return self.tensor
+
+    def on(self, grid: Grid) -> Tensor:
+        return in_pieces(lambda part: self.profile.quantize(part, grid), self.tensor)
+
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
+
+    def device(self) -> torch.device:
+        return self.tensor.device
+
+    def laid_out(self) -> Tensor:
+        return self.tensor
+
 
 @dataclasses.dataclass
 class Coded(Value):
@@ -62,6 +90,9 @@ class Coded(Value):
 
     def device(self) -> torch.device:
         return self.codes.device
+
+    def laid_out(self) -> Tensor:
+        return self.codes
 
     def about_zero(self) -> Tensor:
         """q - z."""
@@ -108,6 +139,9 @@ class Pending(Value):
 
     def device(self) -> torch.device:
         return self.place
+
+    def laid_out(self) -> Tensor:
+        return torch.empty(self.size, device="meta")
 
     def clipped(self, low: float, high: float) -> Pending:
         """The same after a clip."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -187,6 +188,16 @@ class EngineProfile:
             return self.table(self.hardsigmoid, codes, of_x, grid)
         sixth, half = terms
         return _looked_up(lambda entries: self.add(entries, sixth, torch.ones_like(entries), half, grid), codes, of_x)
+
+
+class FollowsEngine:
+    """Mixin of modules whose eval forward gives an engine's codes while ``profile`` is set; copies and pickles do not keep it."""
+
+    #: Set by ``exact_mode``: the engine whose arithmetic the eval forward follows.
+    profile: EngineProfile | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "profile"}
 
 
 def _looked_up(function: Callable[[Tensor], Tensor], codes: Tensor, of_x: Grid) -> Tensor:

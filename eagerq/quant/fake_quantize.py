@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from eagerq.errors import StateError
 from eagerq.quant import operators
 from eagerq.quant.codes import encode
-from eagerq.quant.engine import EngineProfile
+from eagerq.quant.engine import FollowsEngine
 from eagerq.quant.functional import Bounds, fake_quantize, quantization_params, traced_fake_quantize
 from eagerq.quant.observer import Observer, QuantState
 from eagerq.quant.spec import QuantSpec
@@ -21,7 +21,7 @@ def is_recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-class FakeQuantize(QuantState):
+class FakeQuantize(FollowsEngine, QuantState):
     r"""Replaces each value by the real value of its code (see ``functional.fake_quantize``).
 
     In training an activation is quantized by the scale known before the batch, and its range learns from the batch in
@@ -44,9 +44,6 @@ class FakeQuantize(QuantState):
     and the observer's. ``fake_quant_enabled`` and ``observer_enabled`` are Python bools (torch.compile
     guards on them) which the state_dict holds under torch.ao's keys.
     """
-
-    #: Set by ``exact_mode``: the engine whose codes the eval forward gives.
-    profile: EngineProfile | None = None
 
     scale: Tensor
     zero_point: Tensor
@@ -235,7 +232,7 @@ class FakeQuantize(QuantState):
             self._before = scale.clone(), zero_point.clone(), low.clone(), high.clone()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_before": None}
+        return {**super().__getstate__(), "_before": None}
 
     def of_weight(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """``x`` quantized by its own range, in ``dtype`` (``x``'s own if None)."""

@@ -17,7 +17,7 @@ from eagerq.nn.modules.batchnorm import HoldsNorm
 from eagerq.nn.modules.hooks import POST_HOOKS, PRE_HOOKS, release_hooks, share_hooks
 from eagerq.nn.modules.ops import Op
 from eagerq.quant.code_values import Coded
-from eagerq.quant.engine import EngineProfile
+from eagerq.quant.engine import FollowsEngine
 from eagerq.quant.fake_quantize import FakeQuantize
 from eagerq.quant.functional import MIN_SCALE, Bounds, dequantize, power_of_two, quantization_params, quantize, straight_through
 from eagerq.quant.spec import QConfig, QConfigLike, QuantSpec, get_qconfig
@@ -56,10 +56,19 @@ class QuantizedWeight:
     weight: Tensor
 
 
-def on_sums(bias: Tensor, bias_scale: Tensor, x: Coded, weight_scale: Tensor) -> Tensor:
-    r"""Codes of a bias on a grid of its own, in units of the sums :math:`s_x s_w`: shifted, by a power of two."""
-    unit = (x.grid.scale * weight_scale.reshape(-1).float()).double()
-    return bias.double() * (bias_scale.double() / unit.repeat(bias.numel() // unit.numel()))
+def on_sums(bias: Tensor | None, bias_scale: Tensor | None, x: Coded, weight_scale: Tensor, shifts: bool) -> Tensor | None:
+    r"""Codes of a bias in units of the sums :math:`s_x s_w`; None for one that is in other units.
+
+    Those on a grid of their own are shifted, by a power of two. The units are others where this forward goes a way on which
+    another quantizer gave the input.
+    """
+    if bias is None or bias_scale is None:
+        return None
+    unit = x.grid.scale * weight_scale.reshape(-1).float()
+    unit = unit.repeat(bias.numel() // unit.numel())
+    if shifts:
+        return bias.double() * (bias_scale.double() / unit.double())
+    return bias if torch.allclose(bias_scale.float(), unit, rtol=1e-6, atol=0.0) else None
 
 
 def activated(act: Callable[[Tensor], Tensor], bounds: Bounds | None, quantizer: nn.Module | None, x: Tensor) -> Tensor:
@@ -70,7 +79,7 @@ def activated(act: Callable[[Tensor], Tensor], bounds: Bounds | None, quantizer:
     return out if quantizer is None else quantizer(out)  # type: ignore[no-any-return]
 
 
-class QATBase(nn.Module):
+class QATBase(FollowsEngine, nn.Module):
     """A module with a QAT form: what it converts, its qconfig and its activation quantizers.
 
     ``activation_post_process`` quantizes the output, ``input_fake_quant`` the input; each is None
@@ -79,9 +88,6 @@ class QATBase(nn.Module):
 
     #: The float class ``from_float`` takes, exactly; torch.ao's name.
     _FLOAT_MODULE: ClassVar[type[nn.Module]] = nn.Module
-
-    #: Set by ``exact_mode``: the engine whose arithmetic the eval forward follows.
-    profile: EngineProfile | None = None
 
     qconfig: QConfig
     activation_post_process: nn.Module | None
@@ -210,11 +216,10 @@ class QATOp(Op, QATBase):
             codes = None if self.profile is None else codes_of(input)
             if codes is not None and self.weight_fake_quant is not None and self.weight_fake_quant.fake_quant_enabled:
                 stored = self.quantized_weight()
-                if stored.bias is None or stored.bias_codes is not None:
+                shifts = isinstance(self.qconfig.bias, QuantSpec)
+                bias = on_sums(stored.bias_codes, stored.bias_scale, codes, stored.scale, shifts)
+                if bias is not None or stored.bias is None:
                     zero = self.weight_fake_quant.along_axis(stored.zero_point, stored.codes.dim())
-                    bias, of_bias = stored.bias_codes, stored.bias_scale
-                    if bias is not None and of_bias is not None and isinstance(self.qconfig.bias, QuantSpec):
-                        bias = on_sums(bias, of_bias, codes, stored.scale)
                     return integer_map(self, codes, stored.codes - zero, stored.scale, bias, args, kwargs)
             weight, bias = self.deployed()
             return self.op(input, weight, bias, *args, **kwargs)
