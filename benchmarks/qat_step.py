@@ -7,10 +7,12 @@ torch.profiler; memory is the peak of one step with what the other variants hold
 torch.compile, Triton and lazy set-up cost, from empty caches. An unmeasured float step goes first, so that cuDNN's search is in
 no variant's first step. A variant that is not installed or fails is a row that says why.
 
-Precisions: fp32 (TF32 on CUDA), bf16 (autocast), pure-bf16 (weights too). Modes: eager, compiled (torch.compile).
+Precisions: fp32 (TF32 on CUDA), bf16 (autocast), pure-bf16 (weights too). Modes: eager, graphed (eager, with
+forward and backward each a CUDA graph; CUDA only), compiled (torch.compile).
 
 Usage: python benchmarks/qat_step.py [--models NAME ...] [--batch N] [--size PX] [--precisions fp32 bf16 pure-bf16]
-           [--modes eager compiled] [--variants float eagerq ...] [--rounds N] [--budget-seconds S] [--json PATH] [--plot PATH]
+           [--modes eager graphed compiled] [--variants float eagerq ...] [--rounds N] [--budget-seconds S] [--json PATH]
+           [--plot PATH]
 
 The peers come with ``pip install eagerq[bench]``.
 """
@@ -52,7 +54,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="128 on CUDA, 16 on a CPU")
     parser.add_argument("--size", type=int, help="224 on CUDA, 96 on a CPU")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, help="bf16 fp32 on CUDA, fp32 on a CPU")
-    parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), help="eager compiled on CUDA, eager on a CPU")
+    parser.add_argument("--modes", nargs="+", choices=("eager", "graphed", "compiled"), help="all on CUDA, eager on a CPU")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--compiled-variants", nargs="+", choices=list(VARIANTS), help="in compiled mode; else as --variants")
     parser.add_argument("--rounds", type=int, help="turns of each variant; 30 on CUDA, 12 on a CPU")
@@ -74,7 +76,7 @@ def arguments() -> argparse.Namespace:
         "batch": 128 if cuda else 16,
         "size": 224 if cuda else 96,
         "precisions": ["bf16", "fp32"] if cuda else ["fp32"],
-        "modes": ["eager", "compiled"] if cuda else ["eager"],
+        "modes": ["eager", "graphed", "compiled"] if cuda else ["eager"],
         "compiled_variants": options.variants,
         "rounds": 30 if cuda else 12,
         "memory_format": "channels_last" if cuda else "contiguous",
@@ -103,14 +105,14 @@ class Group:
         self.y = torch.randint(0, 1000, (options.batch,), device=options.device)
         self.batch_bytes = sum(t.numel() * t.element_size() for t in (self.x, self.y))
         self.steps: dict[str, Step] = {}
-        names = options.variants if mode == "eager" else options.compiled_variants
+        names = options.compiled_variants if mode == "compiled" else options.variants
         self.rows = {name: Row(model, precision, mode, name, error="not begun") for name in names}
 
     def step_of(self, variant: str, mode: str) -> tuple[Step, str]:
         """A variant ready to take its first step, and its note."""
         built = VARIANTS[variant](float_model(self.model, self.x, FORMATS[self.options.memory_format]), self.x)
-        compile_mode = self.options.compile_mode if mode == "compiled" else None
-        return Step(built.module, self.x, self.y, self.precision == "bf16", compile_mode), built.note
+        step = Step(built.module, self.x, self.y, self.precision == "bf16", mode, self.options.compile_mode)
+        return step, built.note
 
     def run(self, after_each: Callable[[], None]) -> None:
         """Measure; ``after_each`` is called when a variant's own figures are there."""

@@ -11,7 +11,7 @@ from eagerq.errors import StateError
 from eagerq.quant import operators
 from eagerq.quant.codes import encode
 from eagerq.quant.engine import FollowsEngine
-from eagerq.quant.functional import Bounds, fake_quantize, quantization_params, traced_fake_quantize
+from eagerq.quant.functional import Bounds, fake_quantize, fake_quantize_on_cpu, quantization_params, traced_fake_quantize
 from eagerq.quant.observer import Observer, QuantState
 from eagerq.quant.spec import QuantSpec
 
@@ -58,6 +58,7 @@ class FakeQuantize(FollowsEngine, QuantState):
     ) -> None:
         super().__init__()
         self.spec = spec
+        self._grid = spec.grid
         self.axis = axis
         self.channels = channels
         self.memoryless = memoryless
@@ -91,12 +92,12 @@ class FakeQuantize(FollowsEngine, QuantState):
         return self.scale, self.zero_point
 
     @torch.no_grad()
-    def observe(self, x: Tensor) -> None:
-        """Update the range, scale and zero point from ``x``; an empty tensor teaches nothing."""
+    def observe(self, x: Tensor, bounds: Bounds = (None, None)) -> None:
+        """Update the range, scale and zero point from ``x.clamp(*bounds)``; an empty tensor teaches nothing."""
         observer = self.activation_post_process
         if not x.numel() and observer.others() is None:
             return
-        observer(x.detach())
+        observer(x.detach(), bounds)
         self.take_range()
         if x.numel():
             self.observed = True
@@ -177,8 +178,16 @@ class FakeQuantize(FollowsEngine, QuantState):
             and self.channels is None
             and not self.memoryless
             and (self.training or self.profile is None)
-            and (torch.compiler.is_compiling() or operators.are_fast(x))
+            and (
+                torch.compiler.is_compiling()
+                or (operators.are_fast(x) and self.scale.dtype == torch.float32)
+                or self._is_fast_on_cpu(x)
+            )
         )
+
+    def _is_fast_on_cpu(self, x: Tensor) -> bool:
+        plain = x.device.type == "cpu" and type(x) is Tensor and x.dtype == self.scale.dtype and self._known
+        return plain and self.is_learned_by_kernels and not is_recomputing()
 
     @property
     def learns(self) -> bool:
@@ -193,8 +202,9 @@ class FakeQuantize(FollowsEngine, QuantState):
     @property
     def state(self) -> operators.State:
         """What operators read and write."""
-        observer = self.activation_post_process
-        return self.scale, self.zero_point, observer.min_val, observer.max_val
+        own, observers = self._buffers, self._modules["activation_post_process"]._buffers  # type: ignore[union-attr]
+        # of the dicts themselves: nn.Module looks attributes up four times as long
+        return own["scale"], own["zero_point"], observers["min_val"], observers["max_val"]  # type: ignore[return-value]
 
     @property
     def constant(self) -> float | None:
@@ -205,9 +215,15 @@ class FakeQuantize(FollowsEngine, QuantState):
         """What the forward makes of ``x.clamp(*bounds)``, in one pass."""
         if not operators.are_fast(x):
             scale, zero_point, spec = self.scale.reshape(()), self.zero_point.reshape(()), self.spec
-            out = traced_fake_quantize(x, scale, zero_point, spec.quant_min, spec.quant_max, self._range_known(), bounds)
+            if torch.compiler.is_compiling():
+                out = traced_fake_quantize(x, scale, zero_point, spec.quant_min, spec.quant_max, self._range_known(), bounds)
+            else:
+                if self.learns:
+                    self._remember()
+                zero = None if spec.symmetric and not spec.fixed_zero_point else zero_point
+                out = fake_quantize_on_cpu(x, scale, zero, spec.quant_min, spec.quant_max, bounds)
             if self.learns:
-                self.observe(x if bounds == (None, None) else x.detach().clamp(*bounds))
+                self.observe(x, bounds)
             return out
         state, scratch, learns, by_kernel = self.state, None, self.learns, self.is_learned_by_kernels
         if learns and is_recomputing():
@@ -217,12 +233,16 @@ class FakeQuantize(FollowsEngine, QuantState):
             scratch = self.scratch
         elif learns:
             self._remember()
-        out = operators.fake_quantize_activation(x, state, scratch, bounds, self.constant, self.spec.grid)
+        out = operators.fake_quantize_activation(x, state, scratch, bounds, self.constant, self._grid)
         if learns and not by_kernel:
-            self.observe(x if bounds == (None, None) else x.detach().clamp(*bounds))
+            self.observe(x, bounds)
         elif learns and x.numel():
-            self.observed = True
+            self._note_observed()
         return out
+
+    def _note_observed(self) -> None:
+        if torch.compiler.is_compiling() or not self.observed:  # compiled code is not to look, or it is compiled twice
+            self.observed = True
 
     @torch.no_grad()
     def _remember(self) -> None:
@@ -239,8 +259,8 @@ class FakeQuantize(FollowsEngine, QuantState):
         spec = self.spec
         learns = self.learns
         if learns and self.fake_quant_enabled and self._is_fast_weight(x):
-            self.observed = True
-            return operators.fake_quantize_weight(x, self.state, spec.grid, dtype or x.dtype)
+            self._note_observed()
+            return operators.fake_quantize_weight(x, self.state, self._grid, dtype or x.dtype)
         if learns:
             if not is_recomputing():  # else it has seen this weight
                 self.observe(x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from typing import Any
 
 import torch
@@ -70,6 +72,61 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return (q - zero_point) * scale
 
 
+def float32(x: float) -> float:
+    """The nearest float32: of one sum, product or quotient of float32 values their float32 result, as float64 has the digits."""
+    return struct.unpack("f", struct.pack("f", x))[0] if abs(x) < 3.4e38 else math.copysign(math.inf, x)  # type: ignore[no-any-return]
+
+
+def _next(x: float, towards: float, single: bool) -> float:
+    """The neighbour of a float32 or float64 value that is not zero."""
+    if not single:
+        return math.nextafter(x, towards)
+    (bits,) = struct.unpack("i", struct.pack("f", x))
+    away = (towards > x) == (x > 0)
+    return struct.unpack("f", struct.pack("i", bits + (1 if away else -1)))[0]  # type: ignore[no-any-return]
+
+
+def _first_clipped(scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> tuple[float, float]:
+    """The greatest value below, and the least above, those whose code needs no clipping; of one scale."""
+    s, z, single = float(scale), 0 if zero_point is None else int(zero_point), scale.dtype == torch.float32
+    nearest = float32 if single else float
+    ends = []
+    for end, outwards in ((quant_min - z, -math.inf), (quant_max - z, math.inf)):
+        sign = math.copysign(1.0, outwards)
+        x = nearest((end + 0.5 * sign) * s)  # the tie; it and its neighbours go either way
+        if math.isfinite(x):
+            while (round(nearest(x / s)) - end) * sign > 0:
+                x = _next(x, -outwards, single)
+            while (round(nearest(x / s)) - end) * sign <= 0:
+                x = _next(x, outwards, single)
+        ends.append(x)
+    return ends[0], ends[1]
+
+
+class _FakeQuantizeOnCpu(torch.autograd.Function):
+    """``_FakeQuantize`` by one scale: the backward clamps as a hard tanh's does, since comparisons that make a mask take PyTorch
+    longer on CPUs than all arithmetic here. A NaN's gradient passes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, bounds: Bounds
+    ) -> Tensor:
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(x)
+            below, above = _first_clipped(scale, zero_point, quant_min, quant_max)
+            low, high = bounds
+            ctx.ends = below if low is None else max(below, low), above if high is None else min(above, high)
+        q = torch.round_((x if bounds == (None, None) else x.clamp(*bounds)).div(scale))
+        if zero_point is None:
+            return q.clamp_(quant_min, quant_max).mul_(scale)
+        return q.add_(zero_point).clamp_(quant_min, quant_max).sub_(zero_point).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(grad, x, *ctx.ends), *[None] * 5
+
+
 class _FakeQuantize(torch.autograd.Function):
     """Forward: quantize and dequantize. Backward: straight through, zero where the code was clipped."""
 
@@ -131,6 +188,14 @@ def fake_quantize(
         clips: whether codes can be clipped; False where the scale is that of ``x``'s own range, and the gradient passes whole.
     """
     out: Tensor = _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max, known, clips)  # type: ignore[no-untyped-call]
+    return out
+
+
+def fake_quantize_on_cpu(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, bounds: Bounds = (None, None)
+) -> Tensor:
+    """``fake_quantize`` of ``x.clamp(*bounds)`` by one scale, both of one dtype, float32 or float64."""
+    out: Tensor = _FakeQuantizeOnCpu.apply(x, scale, zero_point, quant_min, quant_max, bounds)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eagerq.quant.functional import dequantize, quantization_params, quantize
+from eagerq.quant.functional import Bounds, dequantize, quantization_params, quantize
 from eagerq.quant.ranks import Ranks, hull, mean
 from eagerq.quant.spec import QuantSpec
 
@@ -128,11 +128,16 @@ class Observer(QuantState):
         return merged_range(self.min_val, self.max_val, low, high, constant)
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        """Observe ``x`` (any shape) and return it. An empty tensor teaches nothing."""
+    def forward(self, x: Tensor, bounds: Bounds = (None, None)) -> Tensor:
+        """Observe ``x.clamp(*bounds)`` (any shape) and return ``x``. An empty tensor teaches nothing."""
         ranks = self.others()
         if x.numel() or ranks is not None:
-            low, high = self.merged(*self.batch_range(x, ranks))
+            if bounds != (None, None) and self.spec.observer not in ("min_max", "moving_average"):
+                x, bounds = x.clamp(*bounds), (None, None)
+            low, high = self.batch_range(x, ranks)
+            if bounds != (None, None):  # the ends of what is clamped are the clamped ends
+                low, high = low.clamp(*bounds), high.clamp(*bounds)
+            low, high = self.merged(low, high)
             self.min_val.copy_(low)
             self.max_val.copy_(high)
         return x
@@ -165,7 +170,7 @@ def merged_range(min_val: Tensor, max_val: Tensor, low: Tensor, high: Tensor, co
             new_low, new_high = min_val + constant * (low - min_val), max_val + constant * (high - max_val)
         first = (min_val == 0) & (max_val == 0)
         new_low, new_high = torch.where(first, low, new_low), torch.where(first, high, new_high)
-    finite = torch.isfinite(low) & torch.isfinite(high)
+    finite = (high - low) < math.inf
     return torch.where(finite, new_low, min_val), torch.where(finite, new_high, max_val)
 
 

@@ -95,8 +95,10 @@ def fake_quantize_activation(
         grid: the codes.
     """
     needs_mask = torch.is_grad_enabled() and x.requires_grad
-    run: Any = _Activation.apply if _is_plain(x) else _activation
-    out: Tensor = run(x, *state, scratch, *bounds, constant, *grid, needs_mask)[0]
+    if _is_plain(x):
+        out: Tensor = _Activation.apply(x, (*state, scratch, *bounds, constant, *grid, needs_mask))[0]  # type: ignore[no-untyped-call]
+        return out
+    out = _activation(x, *state, scratch, *bounds, constant, *grid, needs_mask)[0]
     return out
 
 
@@ -112,8 +114,11 @@ def fake_quantize_gated(
         hard: the gate is a hard sigmoid.
         constant, grid: of all three.
     """
-    run: Any = _Gated.apply if _is_plain(x) else _gated
-    out: Tensor = run(x, [t for state in states for t in state], scratch, hard, constant, *grid)[0]
+    flat = [t for state in states for t in state]
+    if _is_plain(x):
+        out: Tensor = _Gated.apply(x, (flat, scratch, hard, constant, *grid))[0]  # type: ignore[no-untyped-call]
+        return out
+    out = _gated(x, flat, scratch, hard, constant, *grid)[0]
     return out
 
 
@@ -126,8 +131,10 @@ def fake_quantize_weight(weight: Tensor, state: State, grid: Grid, dtype: torch.
         grid: the codes.
         dtype: of the result.
     """
-    run: Any = _Weight.apply if _is_plain(weight) else _weight
-    out: Tensor = run(weight, *state, *grid, dtype)
+    if _is_plain(weight):
+        out: Tensor = _Weight.apply(weight, (*state, *grid, dtype))  # type: ignore[no-untyped-call]
+        return out
+    out = _weight(weight, *state, *grid, dtype)
     return out
 
 
@@ -361,6 +368,8 @@ def _fake_weight(weight: Tensor, *rest: Any) -> Tensor:
 
 def _is_plain(x: Tensor) -> bool:
     """Whether a kernel may be launched on x at once: the dispatcher takes longer than a small kernel."""
+    if torch.compiler.is_compiling():
+        return False
     return x.is_cuda and type(x) in _PLAIN and not torch._C._len_torch_dispatch_stack()
 
 
@@ -373,70 +382,70 @@ def _below(x: Tensor, operator: Any, fast: Any, *args: Any) -> Any:
 
 class _Activation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         out, mask = _below(x, _activation, _fast_activation, *rest)
         ctx.save_for_backward(mask)
         ctx.mark_non_differentiable(mask)
         ctx.set_materialize_grads(False)
-        ctx.format, ctx.arguments = memory_format(out), len(rest)
+        ctx.format = memory_format(out)
         return out, mask
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, None]:  # type: ignore[override]
         if grad is None:
-            return tuple([None] * (1 + ctx.arguments))
-        (mask,) = ctx.saved_tensors
+            return None, None
         gradient: Any = _fast_gradient if not torch.is_grad_enabled() and _is_plain(grad) else _gradient
-        out: Tensor = gradient(grad.contiguous(memory_format=ctx.format), mask)
-        return out, *[None] * ctx.arguments
+        return gradient(grad.contiguous(memory_format=ctx.format), ctx.saved_tensors[0]), None
 
 
 class _Gradient(torch.autograd.Function):
     """Linear in the gradient, so it is its own derivative."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, mask: Tensor) -> Tensor:
-        out: Tensor = _below(grad, _gradient, _fast_gradient, mask)
-        ctx.save_for_backward(mask)
+    def forward(ctx: Any, grad: Tensor, rest: tuple[Tensor]) -> Tensor:
+        out: Tensor = _below(grad, _gradient, _fast_gradient, *rest)
+        ctx.save_for_backward(*rest)
         ctx.format = memory_format(out)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (mask,) = ctx.saved_tensors
-        return _gradient(grad.contiguous(memory_format=ctx.format), mask), None
+        return _gradient(grad.contiguous(memory_format=ctx.format), ctx.saved_tensors[0]), None
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, state: list[Tensor], scratch: list[Tensor], hard: bool, *rest: Any) -> Any:
-        out, used = _below(x, _gated, _fast_gated, state, scratch, hard, *rest)
+    def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        out, used = _below(x, _gated, _fast_gated, *rest)
         ctx.save_for_backward(x, used)
         ctx.mark_non_differentiable(used)
         ctx.set_materialize_grads(False)
-        ctx.hard, ctx.ends, ctx.arguments = hard, rest[1:3], len(rest)
+        _, _, hard, _, quant_min, quant_max, *_ = rest
+        ctx.arguments = hard, quant_min, quant_max
         return out, used
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, None]:  # type: ignore[override]
         if grad is None:
-            return tuple([None] * (4 + ctx.arguments))
-        x, used = ctx.saved_tensors
+            return None, None
         gradient: Any = _fast_gated_gradient if not torch.is_grad_enabled() and _is_plain(grad) else _gated_gradient
-        out: Tensor = gradient(grad, x, used, ctx.hard, *ctx.ends)
-        return out, *[None] * (3 + ctx.arguments)
+        return gradient(grad, *ctx.saved_tensors, *ctx.arguments), None
 
 
 class _Weight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, *rest: Any) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, rest: tuple[Any, ...]) -> Tensor:
         out: Tensor = _below(weight, _weight, _fast_weight, *rest)
-        ctx.dtype, ctx.arguments = weight.dtype, len(rest)
+        ctx.dtype = weight.dtype
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return grad.to(ctx.dtype), *[None] * ctx.arguments
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad.to(ctx.dtype), None
+
+
+def _autograd(function: Any) -> Any:
+    return lambda x, *rest: function.apply(x, rest)
 
 
 for _name, _function, _plain, _fast, _fake in (
@@ -449,5 +458,5 @@ for _name, _function, _plain, _fast, _fake in (
     _LIBRARY.impl(_name, _plain, "CompositeExplicitAutograd")
     _LIBRARY.impl(_name, _fast, "CUDA")
     if _function is not None:  # a gradient of the gated form's gradient is not defined, and PyTorch says so
-        _LIBRARY.impl(_name, _function.apply, "Autograd")
+        _LIBRARY.impl(_name, _autograd(_function), "Autograd")
     torch.library.register_fake(f"eagerq::{_name}", _fake, lib=_LIBRARY)

@@ -25,6 +25,10 @@ _WAVES = 16
 _WARPS = 8
 
 
+#: Pointers to one value or a few, whose alignment is no matter.
+_SMALL = tuple(f"{of}{name}_ptr" for of in ("", "g_", "y_") for name in ("scale", "zero", "least", "greatest", "scratch"))
+
+
 @triton.jit
 def _key(x):
     """Unsigned integers in the order of float32 values; zero is below all of them."""
@@ -88,7 +92,7 @@ def _merged(low, high, least, greatest, constant, MIN_MAX: tl.constexpr):
     first = (least == 0.0) & (greatest == 0.0)
     new_low = tl.where(first, low, new_low)
     new_high = tl.where(first, high, new_high)
-    finite = (tl.abs(low) < float("inf")) & (tl.abs(high) < float("inf"))
+    finite = (high - low) < float("inf")
     return tl.where(finite, new_low, least), tl.where(finite, new_high, greatest)
 
 
@@ -178,7 +182,7 @@ def _learn(
     tl.store(zero_ptr, tl.where(known, new_zero, zero.to(tl.int32)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=[f"{n}_ptr" for n in ("scale", "zero", "least", "greatest", "scratch")])
 def _activation_forward(
     x_ptr, out_ptr, mask_ptr, scale_ptr, zero_ptr, least_ptr, greatest_ptr, scratch_ptr, n, low, high, constant,
     HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, OBSERVE: tl.constexpr, MASK: tl.constexpr,
@@ -281,7 +285,7 @@ def _used(used_ptr, scale, zero, known):
     tl.store(used_ptr + 2, known.to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["used_ptr", *_SMALL])
 def _gated_forward(
     x_ptr, out_ptr, used_ptr, scratch_ptr, g_scratch_ptr, y_scratch_ptr,
     scale_ptr, zero_ptr, least_ptr, greatest_ptr, g_scale_ptr, g_zero_ptr, g_least_ptr, g_greatest_ptr,
@@ -347,7 +351,7 @@ def _gated_forward(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["used_ptr"])
 def _gated_backward(
     grad_ptr, x_ptr, out_ptr, used_ptr, n, HARD: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
     EVEN: tl.constexpr, FUSED: tl.constexpr, BLOCK: tl.constexpr,
@@ -389,7 +393,7 @@ def _gated_backward(
         start += programs.to(tl.int64) * BLOCK
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=[f"{n}_ptr" for n in ("scale", "zero", "least", "greatest")])
 def _weight_forward(
     weight_ptr, out_ptr, scale_ptr, zero_ptr, least_ptr, greatest_ptr, length,
     QMIN: tl.constexpr, QMAX: tl.constexpr, LEVELS: tl.constexpr, FIXED_ZERO: tl.constexpr,
@@ -405,7 +409,7 @@ def _weight_forward(
         seen_low, seen_high = _seen(w, seen_low, seen_high)
     low = _least(seen_low)
     high = _greatest(seen_high)
-    finite = (tl.abs(low) < float("inf")) & (tl.abs(high) < float("inf"))
+    finite = (high - low) < float("inf")
     least = tl.where(finite, low, tl.load(least_ptr + channel))
     greatest = tl.where(finite, high, tl.load(greatest_ptr + channel))
     scale, zero = _params(least, greatest, QMIN, QMAX, LEVELS, FIXED_ZERO, SYMMETRIC, POWER_OF_TWO)
@@ -432,31 +436,33 @@ def _interprets() -> bool:
     return not isinstance(_code, triton.runtime.JITFunction)
 
 
-def _launch(kernel: Any, programs: int, args: tuple[Any, ...], constants: tuple[Any, ...], warps: int) -> None:
+def _launch(kernel: Any, programs: int, args: tuple[Any, ...], n: int, constants: tuple[Any, ...], warps: int) -> None:
     """``kernel`` by ``args`` and its compile-time ``constants``, in the order of its parameters.
 
-    Triton finds a kernel's compiled form by all its arguments, in some hundred microseconds of Python; here it is found by
-    what it depends on: dtypes, device, whether sizes and the large tensors' addresses are multiples of 16.
+    Triton looks a compiled kernel up by all its arguments, which takes longer than a small kernel runs. Here what decides is
+    looked up: the constants, the device, the dtypes of the large tensors, which come first, and whether their addresses and
+    ``n``, the one integer among the arguments, divide by 16. Pointers to one value are not specialized on.
     """
-    first = args[0]
+    first, second = args[0], args[1]
     device = first.get_device()
-    other = first.is_cuda and device != torch.cuda.current_device()
-    with torch.cuda.device(device) if other else contextlib.nullcontext():  # Triton launches on the current device
-        key = (
-            kernel,
-            device,
-            constants,
-            warps,
-            *[
-                (a.dtype, a.data_ptr() & 15) if isinstance(a, Tensor) else (a & 15, a == 1, a >> 31) if type(a) is int else 0
-                for a in args
-            ],
-        )
+    with _on(device) if device != _current(first) else contextlib.nullcontext():  # Triton launches on the current device
+        aligned = not (first.data_ptr() | second.data_ptr() | args[2].data_ptr()) & 15
+        key = (kernel, device, constants, warps, first.dtype, second.dtype, aligned, n & 15 == 0, n == 1, n >> 31)
         compiled = _COMPILED.get(key)
         if compiled is None:
             _COMPILED[key] = kernel[(programs,)](*args, *constants, num_warps=warps, enable_fp_fusion=False)
         else:
-            compiled[(programs, 1, 1)](*args, *constants)
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            function, metadata = compiled.function, compiled.packed_metadata
+            compiled.run(programs, 1, 1, stream, function, metadata, None, None, None, *args, *constants)
+
+
+def _on(device: int) -> Any:
+    return torch.cuda.device(device)
+
+
+def _current(x: Tensor) -> int:
+    return torch.cuda.current_device() if x.is_cuda else -1
 
 
 def _programs(x: Tensor, n: int, block: int) -> int:
@@ -476,7 +482,7 @@ def activation_forward(
         state = (scale, zero_point, min_val, max_val, scale if scratch is None else scratch)
         ends = (low or 0.0, high or 0.0, constant or 0.0)
         _launch(
-            _activation_forward, _programs(x, n, _BLOCK), (x, out, out if mask is None else mask, *state, n, *ends),
+            _activation_forward, _programs(x, n, _BLOCK), (x, out, out if mask is None else mask, *state, n, *ends), n,
             (low is not None, high is not None, scratch is not None, mask is not None, *grid, constant is None,
              n % _BLOCK == 0, not _interprets(), _BLOCK), _WARPS,
         )  # fmt: skip
@@ -486,7 +492,7 @@ def masked_gradient(grad: Tensor, mask: Tensor, out: Tensor) -> None:
     """Launch: ``out`` is ``grad`` where the mask's bit is set, else zero; both lie in memory alike."""
     n = grad.numel()
     if n:
-        _launch(_masked_gradient, _programs(grad, n, _BLOCK), (grad, mask, out, n), (n % _BLOCK == 0, _BLOCK), _WARPS)
+        _launch(_masked_gradient, _programs(grad, n, _BLOCK), (grad, mask, out, n), n, (n % _BLOCK == 0, _BLOCK), _WARPS)
 
 
 def gated_forward(
@@ -499,7 +505,7 @@ def gated_forward(
         block = _BLOCK // 2
         _launch(
             _gated_forward, _programs(x, n, block),
-            (x, out, used, *(scratch or [used] * 3), *state, n, constant or 0.0),
+            (x, out, used, *(scratch or [used] * 3), *state, n, constant or 0.0), n,
             (hard, bool(scratch), *grid, constant is None, n % block == 0, not _interprets(), block), 4,
         )  # fmt: skip
 
@@ -510,7 +516,7 @@ def gated_backward(grad: Tensor, x: Tensor, out: Tensor, used: Tensor, hard: boo
     if n:
         block = _BLOCK // 2
         _launch(
-            _gated_backward, _programs(x, n, block), (grad, x, out, used, n),
+            _gated_backward, _programs(x, n, block), (grad, x, out, used, n), n,
             (hard, quant_min, quant_max, n % block == 0, not _interprets(), block), 4,
         )  # fmt: skip
 
@@ -524,6 +530,6 @@ def weight_forward(
     if length:
         block = min(4096, triton.next_power_of_2(length))
         _launch(
-            _weight_forward, channels, (weight, out, scale, zero_point, min_val, max_val, length),
+            _weight_forward, channels, (weight, out, scale, zero_point, min_val, max_val, length), length,
             (*grid, not _interprets(), block), 8 if block > 1024 else 4 if block > 256 else 1,
         )  # fmt: skip
