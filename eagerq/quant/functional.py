@@ -213,7 +213,7 @@ class _TracedFakeQuantize(torch.autograd.Function):
         dtype = computing_dtype(x.dtype)
         scale = torch.where(known, scale.to(dtype), 2.0**-100 if dtype == torch.float32 else 2.0**-600)
         middle = torch.where(known, (quant_min + quant_max) / 2 - zero_point.to(dtype), 0.0)
-        reach = torch.where(known, (quant_max - quant_min) / 2, torch.finfo(dtype).max)
+        reach = torch.where(known, torch.full_like(scale, (quant_max - quant_min) / 2), torch.finfo(dtype).max)
         ctx.save_for_backward(x, scale, middle, reach)
         ctx.bounds = bounds
         a = (x if bounds == (None, None) else x.clamp(*bounds)).to(dtype)

@@ -170,7 +170,7 @@ def merged_range(min_val: Tensor, max_val: Tensor, low: Tensor, high: Tensor, co
             new_low, new_high = min_val + constant * (low - min_val), max_val + constant * (high - max_val)
         first = (min_val == 0) & (max_val == 0)
         new_low, new_high = torch.where(first, low, new_low), torch.where(first, high, new_high)
-    finite = (high - low) < math.inf
+    finite = (high - low).abs() < math.inf  # of no values they are inf and -inf
     return torch.where(finite, new_low, min_val), torch.where(finite, new_high, max_val)
 
 

@@ -380,6 +380,18 @@ def _below(x: Tensor, operator: Any, fast: Any, *args: Any) -> Any:
         return operator(x, *args)
 
 
+def _traced_gradient(grad: Tensor, mask: Tensor, format: torch.memory_format) -> Tensor:
+    """``masked_gradient`` of PyTorch's own views and functions, for compilers to fuse with the backward that follows."""
+    axes = list(range(grad.dim()))
+    if format != torch.contiguous_format:
+        axes.append(axes.pop(1))
+    moved = grad.permute(axes)
+    bits = (mask.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
+    inside = bits.reshape(-1)[: grad.numel()].reshape(moved.shape).ne(0)
+    back = sorted(range(len(axes)), key=axes.__getitem__)
+    return torch.where(inside, moved, 0.0).permute(back)
+
+
 class _Activation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
@@ -394,8 +406,11 @@ class _Activation(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, None]:  # type: ignore[override]
         if grad is None:
             return None, None
+        (mask,) = ctx.saved_tensors
+        if type(grad) not in _PLAIN:
+            return _traced_gradient(grad, mask, ctx.format), None
         gradient: Any = _fast_gradient if not torch.is_grad_enabled() and _is_plain(grad) else _gradient
-        return gradient(grad.contiguous(memory_format=ctx.format), ctx.saved_tensors[0]), None
+        return gradient(grad.contiguous(memory_format=ctx.format), mask), None
 
 
 class _Gradient(torch.autograd.Function):

@@ -92,7 +92,7 @@ def _merged(low, high, least, greatest, constant, MIN_MAX: tl.constexpr):
     first = (least == 0.0) & (greatest == 0.0)
     new_low = tl.where(first, low, new_low)
     new_high = tl.where(first, high, new_high)
-    finite = (high - low) < float("inf")
+    finite = tl.abs(high - low) < float("inf")
     return tl.where(finite, new_low, least), tl.where(finite, new_high, greatest)
 
 
@@ -409,7 +409,7 @@ def _weight_forward(
         seen_low, seen_high = _seen(w, seen_low, seen_high)
     low = _least(seen_low)
     high = _greatest(seen_high)
-    finite = (high - low) < float("inf")
+    finite = tl.abs(high - low) < float("inf")
     least = tl.where(finite, low, tl.load(least_ptr + channel))
     greatest = tl.where(finite, high, tl.load(greatest_ptr + channel))
     scale, zero = _params(least, greatest, QMIN, QMAX, LEVELS, FIXED_ZERO, SYMMETRIC, POWER_OF_TWO)
