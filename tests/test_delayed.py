@@ -18,7 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import eagerq
-from eagerq.quant import FakeQuantize, Observer, QConfig, QuantSpec
+from eagerq.quant import FakeQuantize, Observer, QConfig, QuantSpec, quantization_params
+from eagerq.quant.functional import float32, scalar_params
+from eagerq.quant.observer import merged_range, merged_scalars
 from eagerq.quant.spec import OBSERVERS
 
 WEIGHT = QuantSpec(signed=True, symmetric=True, per_channel=True, narrow_range=True, observer="min_max")
@@ -278,3 +280,41 @@ def test_a_range_is_numpys_in_any_layout(x: Tensor, data: st.DataObject, kind: t
         parts(x)
         np.testing.assert_array_equal(parts.min_val.numpy(), values.min(rest))
         np.testing.assert_array_equal(parts.max_val.numpy(), values.max(rest))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_loading_clears_what_kernels_share(assign: bool) -> None:
+    """Its words are zero between launches; a model that was built without memory holds anything there."""
+    source = FakeQuantize(QuantSpec())
+    source(torch.randn(8))
+    module = FakeQuantize(QuantSpec(), device="meta")
+    if not assign:
+        module = module.to_empty(device="cpu")
+        module.scratch.fill_(7)
+    module.load_state_dict(source.state_dict(), assign=assign)
+    assert module.scratch.device == module.scale.device
+    assert not module.scratch.any()
+
+
+@given(
+    spec=strategies.specs(),
+    data=st.data(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    constant=st.sampled_from([None, 0.01, 0.3, 1.0]),
+)
+def test_pythons_numbers_learn_what_tensors_learn(
+    spec: QuantSpec, data: st.DataObject, dtype: torch.dtype, constant: float | None
+) -> None:
+    width = 32 if dtype == torch.float32 else 64
+    nearest = float32 if width == 32 else float
+    finite = st.floats(-(2.0**60), 2.0**60, width=width) | st.sampled_from([0.0, 1.0, -0.5])
+    anything = finite | st.sampled_from([math.inf, -math.inf, math.nan])
+    old = sorted(data.draw(st.tuples(finite, finite)))
+    batch = data.draw(st.tuples(anything, anything))
+    batch = (math.nan, math.nan) if any(map(math.isnan, batch)) else sorted(batch)  # as amin and amax give it
+    tensors = [torch.tensor(value, dtype=dtype) for value in (*old, *batch)]
+    learned = merged_range(*tensors, constant)  # type: ignore[misc]
+    found = merged_scalars(*map(float, tensors), constant, nearest)  # type: ignore[misc]
+    assert found == tuple(map(float, learned))
+    scale, zero_point = quantization_params(spec, *learned)
+    assert scalar_params(spec.grid, *found, nearest) == (float(scale), int(zero_point))

@@ -11,8 +11,16 @@ from eagerq.errors import StateError
 from eagerq.quant import operators
 from eagerq.quant.codes import encode
 from eagerq.quant.engine import FollowsEngine
-from eagerq.quant.functional import Bounds, fake_quantize, fake_quantize_on_cpu, quantization_params, traced_fake_quantize
-from eagerq.quant.observer import Observer, QuantState
+from eagerq.quant.functional import (
+    Bounds,
+    fake_quantize,
+    fake_quantize_on_cpu,
+    float32,
+    quantization_params,
+    scalar_params,
+    traced_fake_quantize,
+)
+from eagerq.quant.observer import Observer, QuantState, merged_scalars
 from eagerq.quant.spec import QuantSpec
 
 
@@ -50,6 +58,7 @@ class FakeQuantize(FollowsEngine, QuantState):
     scratch: Tensor
     #: What the last batch was quantized by.
     _before: operators.State | None = None
+    _before_was_fast = False
     #: That the buffers hold a range, once seen: looking waits for the device.
     _known = False
 
@@ -186,8 +195,11 @@ class FakeQuantize(FollowsEngine, QuantState):
         )
 
     def _is_fast_on_cpu(self, x: Tensor) -> bool:
-        plain = x.device.type == "cpu" and type(x) is Tensor and x.dtype == self.scale.dtype and self._known
-        return plain and self.is_learned_by_kernels and not is_recomputing()
+        if x.device.type != "cpu" or type(x) is not Tensor or x.dtype != self.scale.dtype or not self.is_learned_by_kernels:
+            return False
+        if self.learns and is_recomputing():  # what the first forward took
+            return self._before_was_fast
+        return self._known or (self.is_ready() and self._known)
 
     @property
     def learns(self) -> bool:
@@ -218,10 +230,14 @@ class FakeQuantize(FollowsEngine, QuantState):
             if torch.compiler.is_compiling():
                 out = traced_fake_quantize(x, scale, zero_point, spec.quant_min, spec.quant_max, self._range_known(), bounds)
             else:
-                if self.learns:
-                    self._remember()
+                again = self.learns and is_recomputing()
+                if again and self._before is not None:
+                    scale, zero_point = self._before[0].reshape(()), self._before[1].reshape(())
                 zero = None if spec.symmetric and not spec.fixed_zero_point else zero_point
                 out = fake_quantize_on_cpu(x, scale, zero, spec.quant_min, spec.quant_max, bounds)
+                if self.learns and not again and x.numel():
+                    self._learn_on_cpu(x, bounds)
+                return out
             if self.learns:
                 self.observe(x, bounds)
             return out
@@ -240,6 +256,27 @@ class FakeQuantize(FollowsEngine, QuantState):
             self._note_observed()
         return out
 
+    @torch.no_grad()
+    def _learn_on_cpu(self, x: Tensor, bounds: Bounds) -> None:
+        """``observe`` in Python's numbers: thirty operations on one value each take PyTorch as long as the tensor does."""
+        self._remember()
+        self._before_was_fast = True
+        nearest = float32 if self.scale.dtype == torch.float32 else float
+        low, high = float(x.amin()), float(x.amax())
+        if bounds[0] is not None:
+            low, high = max(low, bounds[0]), max(high, bounds[0])
+        if bounds[1] is not None:
+            low, high = min(low, bounds[1]), min(high, bounds[1])
+        scale, zero_point, min_val, max_val = self.state
+        low, high = merged_scalars(float(min_val), float(max_val), low, high, self.constant, nearest)
+        min_val.fill_(low)
+        max_val.fill_(high)
+        if low or high:
+            new_scale, new_zero = scalar_params(self._grid, low, high, nearest)
+            scale.fill_(new_scale)
+            zero_point.fill_(new_zero)
+        self.observed = True
+
     def _note_observed(self) -> None:
         if torch.compiler.is_compiling() or not self.observed:  # compiled code is not to look, or it is compiled twice
             self.observed = True
@@ -250,6 +287,7 @@ class FakeQuantize(FollowsEngine, QuantState):
         if not torch.compiler.is_compiling():
             scale, zero_point, low, high = self.state
             self._before = scale.clone(), zero_point.clone(), low.clone(), high.clone()
+            self._before_was_fast = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_before": None}
@@ -312,6 +350,8 @@ class FakeQuantize(FollowsEngine, QuantState):
                 setattr(self, flag, bool(torch.as_tensor(value).any()))
         self._fit_checkpoint(state_dict, prefix, {"scale": 1.0, "zero_point": 0})
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if "scratch" in self._buffers:  # no checkpoint holds it, and a model built without memory (to_empty) never wrote it
+            self.scratch = torch.zeros(operators.WORDS, dtype=torch.int32, device=self.scale.device)
         loaded = [state_dict.get(f"{prefix}activation_post_process.{name}") for name in ("min_val", "max_val")]
         if all(isinstance(value, Tensor) for value in loaded):
             self._known = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,7 +75,10 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 def float32(x: float) -> float:
     """The nearest float32: of one sum, product or quotient of float32 values their float32 result, as float64 has the digits."""
-    return struct.unpack("f", struct.pack("f", x))[0] if abs(x) < 3.4e38 else math.copysign(math.inf, x)  # type: ignore[no-any-return]
+    try:
+        return struct.unpack("f", struct.pack("f", x))[0]  # type: ignore[no-any-return]
+    except OverflowError:
+        return math.copysign(math.inf, x)
 
 
 def _next(x: float, towards: float, single: bool) -> float:
@@ -101,6 +105,22 @@ def _first_clipped(scale: Tensor, zero_point: Tensor | None, quant_min: int, qua
                 x = _next(x, outwards, single)
         ends.append(x)
     return ends[0], ends[1]
+
+
+def scalar_params(grid: Grid, low: float, high: float, nearest: Callable[[float], float]) -> tuple[float, int]:
+    """``quantization_params`` of one range in Python's numbers, each result rounded by ``nearest``: the same bits, sooner."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    if grid.symmetric:
+        scale = nearest(max(-low, high) / grid.levels)
+    else:
+        scale = nearest(nearest(high - low) / (grid.quant_max - grid.quant_min))
+    scale = max(scale, MIN_SCALE)
+    if grid.power_of_two:
+        mantissa, exponent = math.frexp(scale)
+        scale = math.ldexp(1.0, exponent - (mantissa == 0.5))
+    if grid.symmetric:
+        return scale, grid.fixed_zero_point
+    return scale, min(max(grid.quant_min - round(nearest(low / scale)), grid.quant_min), grid.quant_max)
 
 
 class _FakeQuantizeOnCpu(torch.autograd.Function):

@@ -174,6 +174,22 @@ def merged_range(min_val: Tensor, max_val: Tensor, low: Tensor, high: Tensor, co
     return torch.where(finite, new_low, min_val), torch.where(finite, new_high, max_val)
 
 
+def merged_scalars(
+    min_val: float, max_val: float, low: float, high: float, constant: float | None, nearest: Callable[[float], float]
+) -> tuple[float, float]:
+    """``merged_range`` in Python's numbers, each result rounded by ``nearest``: the same bits, sooner."""
+    if not math.isfinite(nearest(high - low)):
+        return min_val, max_val
+    if (min_val == 0 and max_val == 0) or constant == 1.0:
+        return low, high
+    if constant is None:
+        return min(min_val, low), max(max_val, high)
+    c = nearest(constant)
+    ends = ((min_val, low), (max_val, high))
+    new_low, new_high = (nearest(old + nearest(c * nearest(new - old))) for old, new in ends)
+    return new_low, new_high
+
+
 def _percentile(rows: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
     """Per row, the values below and above which the given share of the entries lies (exact order statistics)."""
     n = rows.shape[1]

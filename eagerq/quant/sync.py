@@ -40,8 +40,8 @@ def sync_observers(model: nn.Module, process_group: Any = None) -> None:
     r"""Make the running ranges, scales and zero points of activations equal on all ranks, in one all-reduce.
 
     For use after each training forward or step in the place of ``enable_observer_sync``, where that costs too much: a
-    batch is quantized by the scales known before it, so the ranks quantize alike if they agree after each. With the ranges :math:`l_r, h_r` of
-    rank :math:`r` they agree on
+    batch is quantized by the scales known before it, so the ranks quantize alike if they agree after each. With the
+    ranges :math:`l_r, h_r` of rank :math:`r` they agree on
 
     - ``"min_max"``, ``"moving_average"``: :math:`\min_r l_r,\; \max_r h_r`. A running minimum or moving average never falls
       where its batch's value rises, so this is the state after the union of the last batches, to the last bit, if the
