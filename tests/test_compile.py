@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -10,11 +11,17 @@ from typing import Any
 import pytest
 import torch
 from rows import ROWS, Row, attach_quantizers
+from timm.models._efficientnet_builder import decode_arch_def
+from timm.models.convnext import ConvNeXt
+from timm.models.efficientnet import EfficientNet
+from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import eagerq
 from eagerq.nn.intrinsic import qat as nniqat
-from eagerq.quant import FakeQuantize, QuantSpec
+from eagerq.nn.qat import split
+from eagerq.quant import FakeQuantize, QuantSpec, operators
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch's own compiler
 
@@ -118,4 +125,151 @@ def test_a_whole_model_compiles_whole() -> None:
     compiled, eager = compiled_and_eager(model)
     for _ in range(2):  # before and after a range is known
         x = torch.randn(4, 3, 6, 6)
+        assert_agree(compiled, eager, step(compiled, x), step(eager, x))
+
+
+# --- real nets: how many graphs
+
+
+def _blocks(*stages: str) -> Any:
+    return decode_arch_def([[stage] for stage in stages])
+
+
+_SLIM: Any = {"num_classes": 4, "stem_size": 8, "num_features": 16, "round_chs_fn": lambda c: int(c)}
+#: timm's own classes, as narrow and shallow as they can be: tracing takes the time that there are modules.
+NETS: dict[str, Any] = {
+    "resnet": lambda: ResNet(BasicBlock, (1, 1, 1, 1), num_classes=4, channels=(8, 8, 16, 16)),
+    "mobilenetv2": lambda: EfficientNet(
+        _blocks("ds_r1_k3_s1_c8", "ir_r2_k3_s2_e2_c8", "ir_r1_k3_s2_e2_c16"), act_layer=nn.ReLU6, **_SLIM
+    ),
+    "efficientnet": lambda: EfficientNet(
+        _blocks("ds_r1_k3_s1_c8_se0.25", "ir_r1_k3_s2_e2_c8_se0.25"), act_layer=nn.SiLU, **_SLIM
+    ),
+    "convnext": lambda: ConvNeXt(num_classes=4, depths=(1, 1, 1, 1), dims=(8, 16, 16, 24)),
+}
+FORMS = ["decomposed", "operators"]
+
+
+class Small(nn.Module):
+    """Every way to a quantizer: clamps behind convolutions, depthwise and gated, a residual's ReLU, a linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.relu = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+        self.depthwise, self.second, self.gate = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8), nn.SiLU()
+        self.one, self.six, self.two, self.exit = nn.Conv2d(8, 8, 1), nn.ReLU6(), nn.Conv2d(8, 8, 1), nn.ReLU()
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.norm(self.stem(x)))
+        y = self.two(self.six(self.one(self.gate(self.second(self.depthwise(x))))))
+        return self.head(self.exit(y + x).mean((2, 3)))
+
+
+@pytest.fixture
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What compiled code holds: PyTorch's own functions, or, as on CUDA, the operators (with their plain kernels)."""
+    if request.param == "operators":
+        for of in (operators, split):
+            monkeypatch.setattr(of, "are_fast", lambda x: x.dtype in operators._DTYPES)
+    return str(request.param)
+
+
+in_each_form = pytest.mark.parametrize("form", FORMS, indirect=True)
+
+
+class Pair:
+    """A QAT net, compiled as one graph, and its twin that is not; and what one more step compiles."""
+
+    def __init__(self, model: nn.Module, preset: str = "onnxruntime", size: int = 32) -> None:
+        self.size, self.steps = size, 0
+        example = self.batch()
+        self.eager: Any = eagerq.convert_qat(eagerq.fuse_modules(model, example_inputs=example), preset, example_inputs=example)
+        self.eager.train()
+        self.net = copy.deepcopy(self.eager)
+        self.counter: Any = CompileCounter()
+        self.compiled = torch.compile(self.net, fullgraph=True, backend=self.counter)
+
+    def batch(self) -> Tensor:
+        self.steps += 1
+        return torch.randn(2, 3, self.size, self.size, generator=torch.Generator().manual_seed(self.steps))
+
+    def apply(self, change: Any) -> None:
+        change(self.net)
+        change(self.eager)
+
+    def step(self, with_gradient: bool = True) -> int:
+        """Graphs compiled in a step that both nets make, alike."""
+        before, x = self.counter.frame_count, self.batch()
+        if with_gradient:
+            assert_agree(self.compiled, self.eager, step(self.compiled, x), step(self.eager, x))
+        else:
+            with torch.no_grad():
+                assert_agree(self.compiled, self.eager, self.compiled(x), self.eager(x))
+        return int(self.counter.frame_count - before)
+
+
+def applied(verb: Any) -> Any:
+    return functools.partial(nn.Module.apply, fn=verb)
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [*((n, "decomposed") for n in NETS), ("mobilenetv2", "operators"), ("efficientnet", "operators")],
+    indirect=["form"],
+)  # fmt: skip
+def test_a_real_net_is_one_graph(name: str, form: str) -> None:
+    torch.manual_seed(0)
+    pair = Pair(NETS[name]())
+    assert [pair.step() for _ in range(3)] == [1, 0, 0]
+    pair.apply(nn.Module.eval)
+    assert [pair.step(False) for _ in range(2)] == [1, 0]
+    pair.apply(nn.Module.train)
+    assert pair.step() == 0
+
+
+SWITCHES = (
+    (eagerq.disable_observer, eagerq.enable_observer),
+    (eagerq.disable_fake_quant, eagerq.enable_fake_quant),
+    (eagerq.freeze_bn_stats, eagerq.update_bn_stats),
+)
+
+
+@in_each_form
+@pytest.mark.parametrize("preset", ["onnxruntime", "tensorrt"])
+def test_a_switch_compiles_once_and_never_on_the_way_back(preset: str, form: str) -> None:
+    torch.manual_seed(0)
+    pair = Pair(Small(), preset, 8)
+    assert [pair.step() for _ in range(3)] == [1, 0, 0]
+    for most in (1, 0):  # the second time all is compiled
+        for there, back in SWITCHES:
+            pair.apply(applied(there))
+            assert pair.step() <= most
+            assert pair.step() == 0
+            pair.apply(applied(back))
+            assert pair.step() == 0
+        pair.apply(nn.Module.eval)
+        for with_gradient in (True, False):
+            assert pair.step(with_gradient) <= most
+            assert pair.step(with_gradient) == 0
+        pair.apply(nn.Module.train)
+        assert pair.step() == 0
+
+
+@in_each_form
+def test_an_observer_that_no_kernel_learns_compiles_once(form: str) -> None:
+    """The batch is quantized by an operator and observed beside it."""
+    config = eagerq.QConfig(QuantSpec(observer="percentile"), eagerq.PRESETS["onnxruntime"].weight, split_activations=True)
+    torch.manual_seed(0)
+    pair = Pair(Small(), config, 8)  # type: ignore[arg-type]
+    assert [pair.step() for _ in range(3)] == [1, 0, 0]
+
+
+@in_each_form
+def test_a_backward_ahead_of_time_agrees(form: str) -> None:
+    """Gradients of the operators as compilers see them: masks in PyTorch's own functions."""
+    torch.manual_seed(0)
+    pair = Pair(Small(), size=8)
+    compiled, eager = compiled_and_eager(pair.eager)
+    for _ in range(3):
+        x = pair.batch()
         assert_agree(compiled, eager, step(compiled, x), step(eager, x))

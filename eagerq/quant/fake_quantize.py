@@ -264,9 +264,9 @@ class FakeQuantize(FollowsEngine, QuantState):
         nearest = float32 if self.scale.dtype == torch.float32 else float
         low, high = float(x.amin()), float(x.amax())
         if bounds[0] is not None:
-            low, high = max(low, bounds[0]), max(high, bounds[0])
+            low, high = max(low, nearest(bounds[0])), max(high, nearest(bounds[0]))
         if bounds[1] is not None:
-            low, high = min(low, bounds[1]), min(high, bounds[1])
+            low, high = min(low, nearest(bounds[1])), min(high, nearest(bounds[1]))
         scale, zero_point, min_val, max_val = self.state
         low, high = merged_scalars(float(min_val), float(max_val), low, high, self.constant, nearest)
         min_val.fill_(low)

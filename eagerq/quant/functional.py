@@ -273,7 +273,7 @@ class _StraightThrough(torch.autograd.Function):
 
 def straight_through(real: Tensor, quantized: Tensor) -> Tensor:
     """``quantized`` with the gradient of ``real``, both of one shape."""
-    if not (torch.is_grad_enabled() and real.requires_grad):
+    if real is quantized or not (torch.is_grad_enabled() and real.requires_grad):
         return quantized
     out: Tensor = _StraightThrough.apply(real, quantized)  # type: ignore[no-untyped-call]
     return out

@@ -271,6 +271,7 @@ def _plain_weight(
     weight: Tensor, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor, *rest: Any
 ) -> Tensor:
     grid, dtype = Grid(*rest[:-1]), rest[-1]
+    weight = _dense(weight)
     rows = weight.float().flatten(1)
     new = merged_range(min_val, max_val, rows.amin(1), rows.amax(1), 1.0)
     for state, value in zip((scale, zero_point, min_val, max_val), (*quantization_params(grid, *new), *new), strict=True):
@@ -283,6 +284,11 @@ def _plain_weight(
 # --- the Triton kernels
 
 
+@functools.cache
+def _held(bound: float | None, dtype: torch.dtype) -> float | None:
+    return None if bound is None else float(torch.tensor(bound, dtype=dtype))
+
+
 def _fast_activation(
     x: Tensor, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor, scratch: Tensor | None,
     low: float | None, high: float | None, constant: float | None, *rest: Any,
@@ -291,6 +297,8 @@ def _fast_activation(
     if kernels is None or x.dtype not in _DTYPES:
         return _plain_activation(x, scale, zero_point, min_val, max_val, scratch, low, high, constant, *rest)
     x = _dense(x)
+    if x.dtype != torch.float32:  # PyTorch clamps by the bounds that the dtype holds
+        low, high = _held(low, x.dtype), _held(high, x.dtype)
     out, mask = torch.empty_like(x), _mask_like(x, rest[-1])
     kernels.activation_forward(
         x, out, mask if rest[-1] else None, scale, zero_point, min_val, max_val, scratch, low, high, constant, Grid(*rest[:-1])

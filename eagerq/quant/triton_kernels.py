@@ -87,8 +87,8 @@ def _merged(low, high, least, greatest, constant, MIN_MAX: tl.constexpr):
         new_low = tl.minimum(least, low)
         new_high = tl.maximum(greatest, high)
     else:
-        new_low = least + constant * (low - least)
-        new_high = greatest + constant * (high - greatest)
+        new_low = tl.where(constant == 1.0, low, least + constant * (low - least))
+        new_high = tl.where(constant == 1.0, high, greatest + constant * (high - greatest))
     first = (least == 0.0) & (greatest == 0.0)
     new_low = tl.where(first, low, new_low)
     new_high = tl.where(first, high, new_high)

@@ -1,0 +1,64 @@
+"""A second copy of the Triton kernels, which Triton's interpreter runs on CPU tensors.
+
+Triton decides at import what ``jit`` makes, for its own library too. So the copy is made, and each of its launches runs, while
+the environment asks for the interpreter and the library's functions are interpreted ones; before and after nothing is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import eagerq
+
+PATH = Path(eagerq.__file__).parent / "quant" / "triton_kernels.py"
+
+
+@functools.cache
+def _library() -> dict[ModuleType, dict[str, Any]]:
+    """Triton's own functions that kernels call, as interpreted ones."""
+    import triton
+    from triton.runtime.interpreter import InterpretedFunction
+
+    modules = [m for name, m in sys.modules.items() if name.split(".")[:2] == ["triton", "language"]]
+    return {
+        m: {name: InterpretedFunction(f.fn) for name, f in vars(m).items() if type(f) is triton.runtime.JITFunction}
+        for m in modules
+    }
+
+
+@contextlib.contextmanager
+def interpreter() -> Iterator[None]:
+    library = _library()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        for module in library:
+            for name, value in list(vars(module).items()):  # the interpreter leaves some of what it changes as it is
+                patch.setitem(vars(module), name, library[module].get(name, value))
+        yield
+
+
+@functools.cache
+def kernels() -> ModuleType:
+    """The copy."""
+    spec = importlib.util.spec_from_file_location("interpreted_triton_kernels", PATH)
+    assert spec is not None and spec.loader is not None
+    copy = importlib.util.module_from_spec(spec)
+    with interpreter():
+        spec.loader.exec_module(copy)
+    launch = copy._launch
+
+    def interpreted(*args: Any) -> None:
+        with interpreter():
+            launch(*args)
+
+    copy._launch = interpreted  # type: ignore[attr-defined]
+    return copy

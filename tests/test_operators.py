@@ -1,0 +1,608 @@
+"""One pass equals many: the Triton kernels are the plain kernels bit for bit, and those are the modules' own steps."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import interpreted
+import pytest
+import strategies
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from eagerq.quant import FakeQuantize, QuantSpec, operators
+from eagerq.quant.functional import Bounds, fake_quantize
+from eagerq.quant.spec import Grid
+
+#: Triton's interpreter on CPU tensors, and its compiler where there is what to compile for.
+DEVICES = ["interpreter", *(["cuda"] if torch.cuda.is_available() else [])]
+on_each_device = pytest.mark.parametrize("device", DEVICES)
+
+#: The interpreter truncates when it stores bfloat16: such inputs have a test of their own there.
+DTYPES = {
+    "interpreter": [torch.float32, torch.float16],
+    "cuda": [torch.float32, torch.bfloat16, torch.float16],
+}
+BLOCK = 2048
+#: More blocks than the programs of an interpreted launch, so that each takes several, and a rest.
+LONG = 2 * 16 * BLOCK + 13
+
+
+@contextlib.contextmanager
+def kernels(device: str) -> Iterator[str]:
+    """The Triton kernels serve the operators; where tensors are to lie."""
+    with pytest.MonkeyPatch.context() as patch:
+        if device == "interpreter":
+            patch.setattr(operators, "_triton", interpreted.kernels)
+        yield "cpu" if device == "interpreter" else device
+
+
+# --- vocabulary
+
+bounds_of: Any = st.sampled_from([(None, None), (0.0, None), (0.0, 6.0), (-1.0, 1.0), (None, 1.0), (-0.5, None), (-0.1, 0.3)])
+grids = strategies.specs(per_channel=False).map(lambda s: s.grid)
+constants = st.sampled_from([None, 0.01, 0.1, 0.5, 1.0])
+#: Empty, one value, fewer than a byte of the mask, no multiple of 8 or of the block, multiples of the block, of any rank.
+shapes: Any = st.sampled_from(
+    [(0,), (3, 0, 2), (), (1,), (7,), (8,), (3, 5), (2, 3, 7), (2, 3, 4, 5), (1, 4, 1, 6), (2, 4, 3, 3, 2), (BLOCK,),
+     (2, 8, 16, 16), (BLOCK // 2,), (2 * BLOCK + 8,), (BLOCK + 3,)]
+)  # fmt: skip
+layouts: Any = st.sampled_from(["contiguous", "channels_last", "transposed", "strided", "expanded"])
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """``x`` with these strides; expanded, its first entry again and again."""
+    if layout == "channels_last" and x.dim() in (4, 5):
+        return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+    if layout == "transposed" and x.dim() > 1:
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "strided" and x.dim():
+        return torch.stack([x, x], -1)[..., 1]
+    if layout == "expanded" and x.dim() and x.shape[0]:
+        return x[:1].expand(x.shape)
+    return x
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> list[tuple[float, bool, int]]:
+    """Batches: their size (zero for one without a range), whether some values are not finite, their seed."""
+    one = st.tuples(st.sampled_from([0.0, 1e-3, 1.0, 10.0, 1e4]), st.booleans(), st.integers(0, 99))
+    return draw(st.lists(one, min_size=2, max_size=4))
+
+
+def batch(shape: tuple[int, ...], step: tuple[float, bool, int], scale: Tensor, dtype: torch.dtype, layout: str) -> Tensor:
+    """Normal values, ties between two codes of ``scale``, the bounds of activations, and NaN and infinity if asked for."""
+    size, wild, seed = step
+    generator = torch.Generator().manual_seed(seed)
+    x = size * torch.randn(shape, generator=generator)
+    kind = torch.randint(0, 8, shape, generator=generator)
+    ties = (torch.randint(-260, 260, shape, generator=generator) + 0.5) * scale.cpu().reshape(scale.shape if x.dim() else ())
+    ends = torch.tensor([0.0, 6.0, -1.0, 1.0, -0.1, 0.3])[torch.randint(0, 6, shape, generator=generator)]
+    if size:
+        x = torch.where(kind == 0, ties, torch.where(kind == 1, ends, x))
+    if wild:
+        odd = torch.tensor([torch.nan, torch.inf, -torch.inf])[torch.randint(0, 3, shape, generator=generator)]
+        x = torch.where((kind == 2) & (torch.rand(shape, generator=generator) < 0.3), odd, x)
+    return laid_out(x.to(dtype), layout)
+
+
+def fresh(grid: Grid, channels: int | None = None, place: str = "cpu") -> operators.State:
+    size, shape = (channels or 1,), () if channels is None else (channels,)
+    zero = torch.full(size, grid.fixed_zero_point if grid.symmetric else 0, dtype=torch.int32, device=place)
+    return torch.ones(size, device=place), zero, torch.zeros(shape, device=place), torch.zeros(shape, device=place)
+
+
+def scratch(place: str = "cpu") -> Tensor:
+    return torch.zeros(operators.WORDS, dtype=torch.int32, device=place)
+
+
+def assert_identical(found: Tensor, wanted: Tensor) -> None:
+    """Values, NaN for NaN and zero for either zero, and where they lie in memory."""
+    assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+    steps = [[step for step, n in zip(t.stride(), t.shape, strict=True) if n > 1] for t in (found, wanted)]
+    assert steps[0] == steps[1] or not found.numel()
+    torch.testing.assert_close(found, wanted, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def assert_all_identical(found: Any, wanted: Any) -> None:
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert_identical(mine, theirs)
+
+
+def assert_learned_alike(mine: operators.State, own: Tensor, theirs: operators.State, other: Tensor) -> None:
+    """The states, those before them, and scratch memory that is ready for the next launch."""
+    assert_all_identical((*mine, *operators.state_before(own)), (*theirs, *operators.state_before(other)))
+    assert own[:3].tolist() == other[:3].tolist() == [0, 0, 0]
+
+
+# --- the Triton kernels
+
+
+@on_each_device
+@given(
+    data=st.data(), grid=grids, bounds=bounds_of, constant=constants, shape=shapes, layout=layouts, batches=steps(),
+    needs_mask=st.booleans(), observes=st.booleans(),
+)  # fmt: skip
+def test_an_activations_kernel_is_the_plain_one(
+    device: str, data: st.DataObject, grid: Grid, bounds: Bounds, constant: float | None, shape: tuple[int, ...], layout: str,
+    batches: list[Any], needs_mask: bool, observes: bool,
+) -> None:  # fmt: skip
+    dtype = data.draw(st.sampled_from(DTYPES[device]))
+    with kernels(device) as place:
+        (mine, own), (theirs, other) = ((fresh(grid, None, place), scratch(place)) for _ in range(2))
+        for i, step in enumerate(batches):
+            x = batch(shape, step, theirs[0], dtype, layout).to(place)
+            learns = observes or i == 0
+            rest = (*bounds, constant, *grid, needs_mask)
+            out, mask = operators._fast_activation(x, *mine, own if learns else None, *rest)
+            wanted, wanted_mask = operators._plain_activation(x, *theirs, other if learns else None, *rest)
+            assert_identical(out, wanted)
+            assert_identical(mask, wanted_mask)
+            assert_learned_alike(mine, own, theirs, other)
+            if needs_mask:
+                grad = torch.randn(x.shape, device=place).to(dtype).contiguous(memory_format=operators.memory_format(out))
+                assert_identical(operators._fast_gradient(grad, mask), operators._plain_gradient(grad, mask))
+
+
+@pytest.mark.parametrize("constant", [None, 0.01, 0.1, 0.5, 1.0])
+@on_each_device
+def test_ranges_are_merged_to_the_last_bit(device: str, constant: float | None) -> None:
+    grid = QuantSpec().grid
+    with kernels(device) as place:
+        (mine, own), (theirs, other) = ((fresh(grid, None, place), scratch(place)) for _ in range(2))
+        for seed in range(20):
+            x = torch.randn(9, generator=torch.Generator().manual_seed(seed)).to(place)
+            operators._fast_activation(x, *mine, own, None, None, constant, *grid, False)
+            operators._plain_activation(x, *theirs, other, None, None, constant, *grid, False)
+            assert_learned_alike(mine, own, theirs, other)
+
+
+@on_each_device
+@given(
+    data=st.data(), bounds=st.tuples(st.floats(-2.0, -0.125, width=32), st.floats(0.125, 2.0, width=32)), up=st.integers(-2, 2)
+)  # fmt: skip
+def test_bounds_are_rounded_as_pytorchs_clamps_round_them(
+    device: str, data: st.DataObject, bounds: tuple[float, float], up: int
+) -> None:
+    """A bound that the dtype does not have is the nearest that it has, in the value, the range and the mask."""
+    dtype = data.draw(st.sampled_from(DTYPES[device][1:]))
+    grid = QuantSpec().grid
+    ends = torch.tensor(bounds).to(dtype)
+    x = torch.cat([ends, (ends.view(torch.int16) + up).view(dtype)])  # and neighbours
+    with kernels(device) as place:
+        (mine, own), (theirs, other) = ((fresh(grid, None, place), scratch(place)) for _ in range(2))
+        found = operators._fast_activation(x.to(place), *mine, own, *bounds, 0.01, *grid, True)
+        wanted = operators._plain_activation(x.to(place), *theirs, other, *bounds, 0.01, *grid, True)
+        assert_all_identical(found, wanted)
+        assert_learned_alike(mine, own, theirs, other)
+
+
+@given(grid=grids, bounds=bounds_of, constant=constants, shape=shapes, batches=steps())
+def test_an_activations_kernel_reads_bfloat16(
+    grid: Grid, bounds: Bounds, constant: float | None, shape: tuple[int, ...], batches: list[Any]
+) -> None:
+    """What it would store, rounded here: the interpreter truncates. The bounds are what operators hand to it."""
+    bounds = tuple(None if end is None else float(torch.tensor(end).bfloat16()) for end in bounds)  # type: ignore[assignment]
+    with kernels("interpreter"):
+        (mine, own), (theirs, other) = ((fresh(grid), scratch()) for _ in range(2))
+        for step in batches:
+            x = batch(shape, step, theirs[0], torch.bfloat16, "contiguous")
+            out, mask = torch.empty(shape), operators._mask_like(x, True)
+            interpreted.kernels().activation_forward(x, out, mask, *mine, own, *bounds, constant, grid)
+            wanted, wanted_mask = operators._plain_activation(x, *theirs, other, *bounds, constant, *grid, True)
+            assert_identical(out.bfloat16(), wanted)
+            assert_identical(mask, wanted_mask)
+            assert_learned_alike(mine, own, theirs, other)
+
+
+@on_each_device
+@given(data=st.data(), grid=grids, shape=shapes, layout=layouts, batches=steps())
+def test_a_weights_kernel_is_the_plain_one(
+    device: str, data: st.DataObject, grid: Grid, shape: tuple[int, ...], layout: str, batches: list[Any]
+) -> None:
+    """Into any dtype, from any; a row that is not finite keeps the range that it had."""
+    shape = shape if len(shape) > 1 else (3, *(shape or (1,)))
+    if 0 in shape:
+        return  # a module never asks for it
+    dtype, result = (data.draw(st.sampled_from(DTYPES[device])) for _ in range(2))
+    with kernels(device) as place:
+        mine, theirs = (fresh(grid, shape[0], place) for _ in range(2))
+        for step in batches:
+            weight = batch(shape, step, theirs[0].reshape(-1, *[1] * (len(shape) - 1)), dtype, layout).to(place)
+            found = operators._fast_weight(weight, *mine, *grid, result)
+            assert_identical(found, operators._plain_weight(weight, *theirs, *grid, result))
+            assert_all_identical(mine, theirs)
+
+
+@on_each_device
+@pytest.mark.parametrize("size", [LONG, 2 * 16 * BLOCK])
+def test_each_program_takes_many_blocks(device: str, size: int) -> None:
+    grid = QuantSpec().grid
+    with kernels(device) as place:
+        (mine, own), (theirs, other) = ((fresh(grid, None, place), scratch(place)) for _ in range(2))
+        for seed in (1, 2):
+            x = batch((size,), (3.0, False, seed), theirs[0], torch.float32, "contiguous").to(place)
+            found = operators._fast_activation(x, *mine, own, 0.0, 6.0, 0.01, *grid, True)
+            wanted = operators._plain_activation(x, *theirs, other, 0.0, 6.0, 0.01, *grid, True)
+            assert_all_identical(found, wanted)
+            assert_learned_alike(mine, own, theirs, other)
+            assert_identical(operators._fast_gradient(x, found[1]), operators._plain_gradient(x, found[1]))
+        weight = torch.randn(2, 4096 + 5, device=place)  # more than a program's step
+        mine, theirs = (fresh(grid, 2, place) for _ in range(2))
+        found, wanted = (f(weight, *s, *grid, torch.float32) for f, s in
+                         ((operators._fast_weight, mine), (operators._plain_weight, theirs)))  # fmt: skip
+        assert_all_identical([found, *mine], [wanted, *theirs])
+
+
+if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 20 * 2**30:
+
+    def test_offsets_are_64_bits_wide() -> None:
+        """Beyond 2^31 values; what lies there is what a short tensor gives."""
+        grid, size = QuantSpec().grid, 2**31 + 2**20 + 5
+        state = fresh(grid, None, "cuda")
+        x = torch.zeros(size, dtype=torch.bfloat16, device="cuda")
+        tail = torch.randn(999, device="cuda").bfloat16()
+        x[-999:] = tail
+        for _ in range(2):  # before and after a range is known
+            out, mask = operators._fast_activation(x, *state, words := scratch("cuda"), 0.0, 6.0, 0.01, *grid, True)
+            before = tuple(t.clone() for t in operators.state_before(words))
+            assert_identical(out[-999:], operators._plain_activation(tail, *before, None, 0.0, 6.0, 0.01, *grid, False)[0])
+            gradient = operators._fast_gradient(x, mask)
+            assert_identical(gradient[-999:], torch.where(tail > 0, tail, 0.0))
+            assert not out[:-999].any() and not gradient[:-999].any()
+            assert [float(t) for t in state[2:]] == [0.0, float(tail.max())]
+
+
+def known(grid: Grid, low: float, high: float, place: str) -> operators.State:
+    """A state that learned this range."""
+    state = fresh(grid, None, place)
+    x = torch.tensor([low, high], device=place)
+    operators._plain_activation(x, *state, scratch(place), None, None, 0.01, *grid, False)
+    return state
+
+
+@on_each_device
+@given(
+    data=st.data(), grid=grids, hard=st.booleans(), constant=constants, shape=shapes, layout=layouts, seed=st.integers(0, 99),
+    size=st.sampled_from([0.0, 0.1, 1.0, 3.0]), learned=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    observes=st.booleans(),
+)  # fmt: skip
+@example(
+    data=None, grid=QuantSpec().grid, hard=False, constant=0.01, shape=(BLOCK + 3,), layout="contiguous", seed=1,
+    size=3.0, learned=(True, True, True), observes=True,
+)  # fmt: skip
+def test_a_gated_kernel_is_the_plain_one(
+    device: str, data: Any, grid: Grid, hard: bool, constant: float | None, shape: tuple[int, ...], layout: str, seed: int,
+    size: float, learned: tuple[bool, bool, bool], observes: bool,
+) -> None:  # fmt: skip
+    """Of a hard gate bit for bit. A sigmoid is another rounding of the same number, so the result is one that a gate nearby
+    gives: all steps behind the gate are monotone in it."""
+    dtype = data.draw(st.sampled_from(DTYPES[device])) if data else torch.float32
+    ranges = ((-3 * size, 4 * size + 0.1), (0.0, 1.0), (-0.2, 4 * size + 0.1))
+    with kernels(device) as place:
+        states = [
+            [t for known_, ends in zip(learned, ranges, strict=True)
+             for t in (known(grid, *ends, place) if known_ else fresh(grid, None, place))]
+            for _ in range(2)
+        ]  # fmt: skip
+        words = [[scratch(place) for _ in range(3)] if observes else [] for _ in range(2)]
+        before = [t.clone() for t in states[1]]
+        x = batch(shape, (size, False, seed), before[0], dtype, layout).to(place)
+        found, used = operators._fast_gated(x, states[0], words[0], hard, constant, *grid)
+        wanted, wanted_used = operators._plain_gated(x, states[1], words[1], hard, constant, *grid)
+        if x.numel():
+            assert_identical(used, wanted_used)
+        for own in words[0]:
+            assert own[:3].tolist() == [0, 0, 0]
+        grad = torch.randn(x.shape, device=place).to(dtype)
+        ends = (grid.quant_min, grid.quant_max)
+        gradient = operators._fast_gated_gradient(grad, x, wanted_used, hard, *ends)
+        wanted_gradient = operators._plain_gated_gradient(grad, x, wanted_used, hard, *ends)
+        if hard:
+            assert_all_identical([found, *states[0]], [wanted, *states[1]])
+            for mine, theirs in zip(*words, strict=True):
+                assert_all_identical(operators.state_before(mine), operators.state_before(theirs))
+            assert_identical(gradient, wanted_gradient)
+            return
+        # a gate's exponential is right to two units in its last place, and so is its sum; then it has the dtype's digits
+        slack = 2.0**-21
+        (least, low_gradient), (greatest, high_gradient) = (nudged(x, grad, before, grid, 1 + s) for s in (-slack, slack))
+        assert ((found >= torch.minimum(least, greatest)) & (found <= torch.maximum(least, greatest))).all()
+        sure = (least == greatest) & (low_gradient == high_gradient)
+        if all(learned):
+            assert torch.equal(found[least == greatest], wanted[least == greatest])
+        torch.testing.assert_close(gradient[sure], wanted_gradient[sure], rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+        for mine, theirs in zip(*states, strict=True):
+            if mine.dtype == torch.int32:
+                assert (mine - theirs).abs().max() <= 1  # a zero point near a tie
+            else:
+                torch.testing.assert_close(mine, theirs, rtol=4 * torch.finfo(dtype).eps, atol=1e-9)
+
+
+def nudged(x: Tensor, grad: Tensor, flat: list[Tensor], grid: Grid, factor: float) -> tuple[Tensor, Tensor]:
+    """SiLU in quantized steps, with the gate times a factor; and what its codes say of the gradient."""
+    of_x, of_gate, of_y = operators._states(flat)
+    x = operators._dense(x)
+    a, _ = operators._fake_quantized(x, of_x, grid)
+    gate = (torch.sigmoid(a.float()) * factor).to(x.dtype)
+    b, gate_passes = operators._fake_quantized(gate, of_gate, grid)
+    out, passes = operators._fake_quantized(a * b, of_y, grid)
+    return out, b * 4 + gate_passes * 2 + passes
+
+
+def test_the_interpreter_leaves_triton_as_it_was() -> None:
+    """So that other tests of this process compile."""
+    triton = pytest.importorskip("triton")
+    from triton.language import core, standard
+
+    def everything() -> list[dict[str, Any]]:
+        kinds = (core.tensor, core.dtype, core.tensor_descriptor_base)
+        return [dict(vars(of)) for of in (triton.language, core, standard, triton.language.math, *kinds)]
+
+    before = everything()  # it adds names of its own to modules
+    grid = QuantSpec().grid
+    with kernels("interpreter"):
+        operators._fast_activation(torch.randn(9), *fresh(grid), scratch(), 0.0, None, 0.01, *grid, True)
+        operators._fast_weight(torch.randn(2, 9), *fresh(grid, 2), *grid, torch.float32)
+    for now, then in zip(everything(), before, strict=True):
+        assert {name: now.get(name) for name in then} == then
+    assert "TRITON_INTERPRET" not in os.environ
+    assert not triton.knobs.runtime.interpret
+
+
+# --- the plain kernels
+
+
+def modules_own(module: FakeQuantize, x: Tensor, bounds: Bounds) -> Tensor:
+    """The module's own steps, one after the other, behind the activation as PyTorch computes it."""
+    if bounds == (0.0, None):
+        x = torch.relu(x)
+    elif bounds != (None, None):
+        x = torch.nn.functional.hardtanh(x, *bounds)  # type: ignore[arg-type]
+    return module(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@given(
+    spec=strategies.specs(per_channel=False), observer=st.sampled_from(["min_max", "moving_average"]),
+    bounds=st.sampled_from([(None, None), (0.0, None), (0.0, 6.0), (-1.0, 1.0), (-0.125, 0.375)]),
+    shape=shapes, layout=layouts, batches=steps(),
+)  # fmt: skip
+def test_an_activations_operator_is_the_module_behind_the_activation(
+    dtype: torch.dtype, spec: QuantSpec, observer: Any, bounds: Bounds, shape: tuple[int, ...], layout: str, batches: list[Any]
+) -> None:
+    """Value, state and gradient. (Without NaN: its gradient stops at the operator's clamp, not at PyTorch's.)"""
+    module = FakeQuantize(spec := dataclasses.replace(spec, observer=observer))
+    module._is_fast_on_cpu = lambda x: False  # type: ignore[method-assign]
+    state, words, grid = fresh(spec.grid), scratch(), spec.grid
+    for size, _, seed in batches:
+        x = batch(shape, (size, False, seed), state[0], dtype, layout)
+        leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+        module._known = False  # batches of one value each may average to the range that none has
+        out = operators.fake_quantize_activation(leaf, state, words, bounds, module.constant, grid)
+        wanted = modules_own(module, other, bounds)
+        torch.testing.assert_close(out, wanted, rtol=0.0, atol=0.0)
+        grad = torch.randn(shape).to(dtype)
+        out.backward(grad)
+        wanted.backward(grad)
+        assert leaf.grad is not None and other.grad is not None
+        torch.testing.assert_close(leaf.grad, other.grad, rtol=0.0, atol=0.0)
+        assert_all_identical(state, module.state)
+
+
+@pytest.mark.parametrize("hard", [True, False])
+@given(grid=grids, seed=st.integers(0, 99), size=st.sampled_from([0.1, 1.0, 5.0]), shape=shapes, layout=layouts)
+def test_a_gated_operator_is_its_steps_and_their_gradient(
+    hard: bool, grid: Grid, seed: int, size: float, shape: tuple[int, ...], layout: str
+) -> None:
+    ranges = ((-2 * size, 3 * size), (0.0, 0.9), (-0.2 * size, 2 * size))
+    states: Any = tuple(known(grid, *ends, "cpu") for ends in ranges)
+    x = batch(shape, (size, False, seed), states[0][0], torch.float32, layout)
+    leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+
+    def q(value: Tensor, state: operators.State) -> Tensor:
+        return fake_quantize(value, state[0].reshape(()), state[1].reshape(()), grid.quant_min, grid.quant_max)
+
+    a = q(other, states[0])
+    wanted = q(a * q(operators._gate(a, hard), states[1]), states[2])
+    out = operators.fake_quantize_gated(leaf, states, [], hard, None, grid)
+    torch.testing.assert_close(out, wanted, rtol=0.0, atol=0.0)
+    grad = torch.randn(shape)
+    out.backward(grad)
+    wanted.backward(grad)
+    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-5, atol=1e-6)
+
+
+@given(spec=strategies.specs(per_channel=True), shape=shapes, batches=steps())
+def test_a_weights_operator_is_the_module(spec: QuantSpec, shape: tuple[int, ...], batches: list[Any]) -> None:
+    shape = shape if len(shape) > 1 else (3, *(shape or (1,)))
+    if 0 in shape:
+        return
+    spec = dataclasses.replace(spec, observer="min_max")
+    module, state = FakeQuantize(spec, shape[0], memoryless=True), fresh(spec.grid, shape[0])
+    for step in batches:
+        weight = batch(shape, step, torch.tensor(0.1), torch.float32, "contiguous")
+        leaf = weight.clone().requires_grad_()
+        out = operators.fake_quantize_weight(leaf, state, spec.grid, torch.float32)
+        torch.testing.assert_close(out, module(weight), rtol=0.0, atol=0.0, equal_nan=True)
+        assert_all_identical(state, module.state)
+        grad = torch.randn(shape)
+        out.backward(grad)
+        assert leaf.grad is not None and torch.equal(leaf.grad, grad)  # nothing lies outside its own range
+
+
+# --- masks and gradients
+
+
+@given(shape=shapes, layout=st.sampled_from(["contiguous", "channels_last"]), seed=st.integers(0, 99))
+def test_masks_are_unpacked_as_packed(shape: tuple[int, ...], layout: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    inside = laid_out(torch.rand(shape, generator=generator) < 0.5, layout)
+    mask = operators._packed(inside)
+    assert mask.shape == operators._mask_like(inside, True).shape
+    assert_identical(operators._unpacked(mask, inside), inside)
+    assert torch.equal(operators._packed(operators._unpacked(mask, inside)), mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@given(shape=shapes, layout=st.sampled_from(["contiguous", "channels_last"]), seed=st.integers(0, 99))
+def test_the_gradient_for_compilers_is_the_kernels(dtype: torch.dtype, shape: tuple[int, ...], layout: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    grad = laid_out(torch.randn(shape, generator=generator).to(dtype), layout)
+    mask = operators._packed(laid_out(torch.rand(shape, generator=generator) < 0.5, layout))
+    wanted = operators._plain_gradient(grad, mask)
+    assert_identical(operators._traced_gradient(grad, mask, operators.memory_format(grad)), wanted)
+    assert_identical(torch.ops.eagerq.masked_gradient(grad, mask), wanted)
+
+
+@given(shape=shapes, layout=layouts, seed=st.integers(0, 99))
+def test_a_gradient_of_any_layout_meets_its_mask(shape: tuple[int, ...], layout: str, seed: int) -> None:
+    """The mask lies as the output does, whatever the gradient does."""
+    grid = QuantSpec().grid
+    state = known(grid, -1.0, 1.0, "cpu")
+    for of_x in ("contiguous", "channels_last"):
+        x = batch(shape, (1.0, False, seed), state[0], torch.float32, of_x).requires_grad_()
+        grad = laid_out(torch.randn(shape), layout)
+        (found,) = torch.autograd.grad(operators.fake_quantize_activation(x, state, None, (None, 0.5), None, grid), x, grad)
+        q = torch.round(x.detach() / state[0].reshape(())) + state[1].reshape(())
+        inside = (q >= grid.quant_min) & (q <= grid.quant_max) & (x.detach() < 0.5)
+        torch.testing.assert_close(found, torch.where(inside, grad, 0.0), rtol=0.0, atol=0.0)
+
+
+def test_a_masked_gradient_is_its_own_derivative() -> None:
+    """Linear: a difference of small integers is its derivative, with no digit lost. Twice differentiated it is zero."""
+    grad, mask = torch.arange(1.0, 14.0).requires_grad_(), torch.tensor([0b10110100, 0b00101], dtype=torch.uint8)
+    inside = operators._unpacked(mask, grad).float()
+    out = torch.ops.eagerq.masked_gradient(grad, mask)
+    back = torch.arange(3.0, 16.0).requires_grad_()
+    (first,) = torch.autograd.grad(out, grad, back, create_graph=True)
+    assert torch.equal(first, back * inside)
+    for i in range(grad.numel()):
+        step = torch.zeros_like(grad)
+        step[i] = 2.0
+        difference = torch.ops.eagerq.masked_gradient(grad.detach() + step, mask) - out.detach()
+        assert float((difference * back.detach()).sum()) == 2.0 * float(first[i].detach())
+    (second,) = torch.autograd.grad(first, back, torch.arange(1.0, 14.0))
+    assert torch.equal(second, torch.arange(1.0, 14.0) * inside)
+
+
+def test_an_activation_is_differentiated_twice() -> None:
+    """By the gradient that flows in, in which its derivative is linear."""
+    grid = QuantSpec().grid
+    x = torch.randn(3, 8, requires_grad=True)
+    grad = torch.randn(3, 8, requires_grad=True)
+    out = operators.fake_quantize_activation(x, known(grid, -1.0, 1.0, "cpu"), None, (0.0, 6.0), None, grid)
+    (first,) = torch.autograd.grad(out, x, grad, create_graph=True)
+    (second,) = torch.autograd.grad(first, grad, torch.ones_like(x))
+    assert torch.equal(first, grad * second)
+    assert set(second.unique().tolist()) == {0.0, 1.0}
+
+
+def test_a_gated_gradient_has_none_of_its_own_and_pytorch_says_so() -> None:
+    grid = QuantSpec().grid
+    states: Any = tuple(known(grid, -1.0, 1.0, "cpu") for _ in range(3))
+    x = torch.randn(8, requires_grad=True)
+    out = operators.fake_quantize_gated(x, states, [], True, None, grid)
+    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.warns(UserWarning, match="eagerq::gated_gradient: an autograd kernel was not registered"):
+        torch.autograd.grad(grad.sum(), x)
+
+
+# --- what PyTorch asks of an operator
+
+_GRID, _WEIGHT = QuantSpec().grid, QuantSpec(signed=True, symmetric=True, narrow_range=True).grid
+
+
+def _arguments(layout: str) -> dict[str, tuple[Any, ...]]:
+    def x() -> Tensor:
+        return laid_out(torch.randn(3, 2, 4, 5), layout).requires_grad_()
+
+    mask = torch.randint(0, 256, (15,), dtype=torch.uint8)
+    used = torch.tensor([0.1, 100.0, 1.0, 0.01, 0.0, 1.0, 0.02, 20.0, 1.0])
+    three = [t for _ in range(3) for t in fresh(_GRID)]
+    return {
+        "fake_quantize_activation": (x(), *fresh(_GRID), scratch(), 0.0, 6.0, 0.01, *_GRID, True),
+        "fake_quantize_activation that learns nothing": (x().detach(), *fresh(_GRID), None, None, None, None, *_GRID, False),
+        "masked_gradient": (x(), mask),
+        "fake_quantize_gated": (x(), three, [scratch() for _ in range(3)], True, 0.01, *_GRID),
+        "fake_quantize_gated that learns nothing": (x(), three, [], False, None, *_GRID),
+        "gated_gradient": (torch.randn(3, 2, 4, 5), x().detach(), used, True, 0, 255),
+        "fake_quantize_weight": (x(), *fresh(_WEIGHT, 3), *_WEIGHT, torch.float32),
+        "fake_quantize_weight in bfloat16": (x(), *fresh(_WEIGHT, 3), *_WEIGHT, torch.bfloat16),
+    }
+
+
+def test_every_operator_is_checked() -> None:
+    names = [line.split("(")[0].split("::")[1] for line in map(str, _schemas())]
+    assert {name.split()[0] for name in _arguments("contiguous")} == set(names)
+
+
+def _schemas() -> list[Any]:
+    return [s for s in torch._C._jit_get_all_schemas() if s.name.startswith("eagerq::")]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+@pytest.mark.parametrize("name", _arguments("contiguous"))
+def test_operators_keep_pytorchs_contract(name: str, layout: str) -> None:
+    """Schema, shapes alone, autograd and ahead-of-time dispatch: none of ``opcheck`` is left out."""
+    torch.library.opcheck(getattr(torch.ops.eagerq, name.split()[0]).default, _arguments(layout)[name])
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_changes_nothing_but_a_weight_asked_for(kind: torch.dtype) -> None:
+    x, weight = torch.randn(4, 6), torch.randn(4, 6, requires_grad=True)
+    state, other = (known(_GRID, -1.0, 1.0, "cpu") for _ in range(2))
+    wanted = operators.fake_quantize_activation(x, state, None, (None, None), None, _GRID)
+    whole = operators.fake_quantize_weight(weight.detach(), fresh(_WEIGHT, 4), _WEIGHT, torch.float32)
+    with torch.autocast("cpu", kind):
+        out = operators.fake_quantize_activation(x, other, None, (None, None), None, _GRID)
+        assert_identical(out, wanted)
+        gated = operators.fake_quantize_gated(x, (state, state, state), [], True, None, _GRID)
+        assert gated.dtype == torch.float32
+        for dtype in (torch.float32, kind):
+            cast = operators.fake_quantize_weight(weight, fresh(_WEIGHT, 4), _WEIGHT, dtype)
+            assert_identical(cast.detach(), whole.to(dtype))
+            (grad,) = torch.autograd.grad(cast.float().sum(), weight)
+            assert grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("mode", ["fake", "symbolic"])
+def test_tracers_see_one_operator(mode: Any) -> None:
+    def activation(x: Tensor, words: Tensor, *state: Tensor) -> Tensor:
+        return operators.fake_quantize_activation(x, state, words, (0.0, 6.0), 0.01, _GRID)  # type: ignore[arg-type]
+
+    def weight(x: Tensor, *state: Tensor) -> Tensor:
+        return operators.fake_quantize_weight(x, state, _WEIGHT, torch.bfloat16)  # type: ignore[arg-type]
+
+    for function, args, name in (
+        (activation, (torch.randn(3, 5), scratch(), *fresh(_GRID)), "fake_quantize_activation"),
+        (weight, (torch.randn(3, 5), *fresh(_WEIGHT, 3)), "fake_quantize_weight"),
+    ):
+        kept = [t.clone() for t in args]
+        graph = make_fx(function, tracing_mode=mode)(*args)
+        called = [node.target for node in graph.graph.nodes if str(node.target).startswith("eagerq")]
+        assert called == [getattr(torch.ops.eagerq, name).default]
+        assert_all_identical(args, kept)  # tracing teaches nothing
+        assert_identical(graph(*args), function(*kept))
+        assert_all_identical(args, kept)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_export_sees_one_operator(trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "are_fast", lambda x: x.dtype in operators._DTYPES)
+    module = FakeQuantize(QuantSpec())
+    module(torch.randn(9))
+    module.train(trains)
+    program = torch.export.export(module, (torch.randn(9),))
+    called = [node.target for node in program.graph.nodes if str(node.target).startswith("eagerq")]
+    assert called == [torch.ops.eagerq.fake_quantize_activation.default]
+    x, own = torch.randn(9), copy.deepcopy(module)
+    assert_identical(program.module()(x), own(x))
