@@ -222,7 +222,7 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     with contextlib.suppress(Exception):  # then its rows say why
         importlib.import_module("eagerq")
-    about, given = machine(options.device), {key: getattr(options, key) for key in vars(options)}
+    about, given = machine(options.device), {key: value for key, value in vars(options).items() if key not in ("json", "plot")}
     title = in_words(about, given)
     print(title, flush=True)
     rows: list[Row] = []

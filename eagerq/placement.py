@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import nn
 
-from eagerq.nn.intrinsic.qat.mixins import NormActQAT, WithAct
+from eagerq.nn.intrinsic.qat.mixins import HoldsAct
 from eagerq.nn.modules.ops import EmbeddingOp, LinearOp
 from eagerq.quant.spec import QConfig, QuantSpec
 from eagerq.trace import Call, Trace
@@ -73,7 +73,7 @@ class Quantizable:
     @property
     def has_activation(self) -> bool:
         """Whether its output is that of an activation it holds."""
-        return issubclass(self.qat, (WithAct, NormActQAT))
+        return issubclass(self.qat, HoldsAct)
 
     @property
     def reads(self) -> QuantSpec | None:

@@ -22,7 +22,7 @@ import eagerq
 from eagerq.nn.qat import activations, split
 from eagerq.nn.qat.base import activated
 from eagerq.nn.qat.split import SplitActivation
-from eagerq.quant import FakeQuantize, QConfig, QuantSpec, operators
+from eagerq.quant import FakeQuantize, QConfig, QuantSpec, operators, plain_kernels
 from eagerq.quant.functional import (
     Bounds,
     _first_clipped,
@@ -393,7 +393,7 @@ def test_a_gate_in_one_pass_is_its_modules_one_after_the_other(gate: str, launch
         wanted.backward(grad)
         torch.testing.assert_close(one.grad, many.grad, rtol=1e-5, atol=1e-6)
         for mine, theirs in zip((*module.buffers(), *last.buffers()), (*other.buffers(), *other_last.buffers()), strict=True):
-            if mine.shape != (operators.WORDS,):
+            if mine.shape != (plain_kernels.WORDS,):
                 torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
 
 

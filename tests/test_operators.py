@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from eagerq.quant import FakeQuantize, QuantSpec, operators
+from eagerq.quant import FakeQuantize, QuantSpec, operators, plain_kernels
 from eagerq.quant.functional import Bounds, fake_quantize
 from eagerq.quant.spec import Grid
 
@@ -94,14 +94,14 @@ def batch(shape: tuple[int, ...], step: tuple[float, bool, int], scale: Tensor, 
     return laid_out(x.to(dtype), layout)
 
 
-def fresh(grid: Grid, channels: int | None = None, place: str = "cpu") -> operators.State:
+def fresh(grid: Grid, channels: int | None = None, place: str = "cpu") -> plain_kernels.State:
     size, shape = (channels or 1,), () if channels is None else (channels,)
     zero = torch.full(size, grid.fixed_zero_point if grid.symmetric else 0, dtype=torch.int32, device=place)
     return torch.ones(size, device=place), zero, torch.zeros(shape, device=place), torch.zeros(shape, device=place)
 
 
 def scratch(place: str = "cpu") -> Tensor:
-    return torch.zeros(operators.WORDS, dtype=torch.int32, device=place)
+    return torch.zeros(plain_kernels.WORDS, dtype=torch.int32, device=place)
 
 
 def assert_identical(found: Tensor, wanted: Tensor) -> None:
@@ -117,9 +117,9 @@ def assert_all_identical(found: Any, wanted: Any) -> None:
         assert_identical(mine, theirs)
 
 
-def assert_learned_alike(mine: operators.State, own: Tensor, theirs: operators.State, other: Tensor) -> None:
+def assert_learned_alike(mine: plain_kernels.State, own: Tensor, theirs: plain_kernels.State, other: Tensor) -> None:
     """The states, those before them, and scratch memory that is ready for the next launch."""
-    assert_all_identical((*mine, *operators.state_before(own)), (*theirs, *operators.state_before(other)))
+    assert_all_identical((*mine, *plain_kernels.state_before(own)), (*theirs, *plain_kernels.state_before(other)))
     assert own[:3].tolist() == other[:3].tolist() == [0, 0, 0]
 
 
@@ -143,13 +143,13 @@ def test_an_activations_kernel_is_the_plain_one(
             learns = observes or i == 0
             rest = (*bounds, constant, *grid, needs_mask)
             out, mask = operators._fast_activation(x, *mine, own if learns else None, *rest)
-            wanted, wanted_mask = operators._plain_activation(x, *theirs, other if learns else None, *rest)
+            wanted, wanted_mask = plain_kernels.activation(x, *theirs, other if learns else None, *rest)
             assert_identical(out, wanted)
             assert_identical(mask, wanted_mask)
             assert_learned_alike(mine, own, theirs, other)
             if needs_mask:
-                grad = torch.randn(x.shape, device=place).to(dtype).contiguous(memory_format=operators.memory_format(out))
-                assert_identical(operators._fast_gradient(grad, mask), operators._plain_gradient(grad, mask))
+                grad = torch.randn(x.shape, device=place).to(dtype).contiguous(memory_format=plain_kernels.memory_format(out))
+                assert_identical(operators._fast_gradient(grad, mask), plain_kernels.masked_gradient(grad, mask))
 
 
 @pytest.mark.parametrize("constant", [None, 0.01, 0.1, 0.5, 1.0])
@@ -161,7 +161,7 @@ def test_ranges_are_merged_to_the_last_bit(device: str, constant: float | None) 
         for seed in range(20):
             x = torch.randn(9, generator=torch.Generator().manual_seed(seed)).to(place)
             operators._fast_activation(x, *mine, own, None, None, constant, *grid, False)
-            operators._plain_activation(x, *theirs, other, None, None, constant, *grid, False)
+            plain_kernels.activation(x, *theirs, other, None, None, constant, *grid, False)
             assert_learned_alike(mine, own, theirs, other)
 
 
@@ -180,7 +180,7 @@ def test_bounds_are_rounded_as_pytorchs_clamps_round_them(
     with kernels(device) as place:
         (mine, own), (theirs, other) = ((fresh(grid, None, place), scratch(place)) for _ in range(2))
         found = operators._fast_activation(x.to(place), *mine, own, *bounds, 0.01, *grid, True)
-        wanted = operators._plain_activation(x.to(place), *theirs, other, *bounds, 0.01, *grid, True)
+        wanted = plain_kernels.activation(x.to(place), *theirs, other, *bounds, 0.01, *grid, True)
         assert_all_identical(found, wanted)
         assert_learned_alike(mine, own, theirs, other)
 
@@ -195,9 +195,9 @@ def test_an_activations_kernel_reads_bfloat16(
         (mine, own), (theirs, other) = ((fresh(grid), scratch()) for _ in range(2))
         for step in batches:
             x = batch(shape, step, theirs[0], torch.bfloat16, "contiguous")
-            out, mask = torch.empty(shape), operators._mask_like(x, True)
+            out, mask = torch.empty(shape), plain_kernels.mask_like(x, True)
             interpreted.kernels().activation_forward(x, out, mask, *mine, own, *bounds, constant, grid)
-            wanted, wanted_mask = operators._plain_activation(x, *theirs, other, *bounds, constant, *grid, True)
+            wanted, wanted_mask = plain_kernels.activation(x, *theirs, other, *bounds, constant, *grid, True)
             assert_identical(out.bfloat16(), wanted)
             assert_identical(mask, wanted_mask)
             assert_learned_alike(mine, own, theirs, other)
@@ -218,7 +218,7 @@ def test_a_weights_kernel_is_the_plain_one(
         for step in batches:
             weight = batch(shape, step, theirs[0].reshape(-1, *[1] * (len(shape) - 1)), dtype, layout).to(place)
             found = operators._fast_weight(weight, *mine, *grid, result)
-            assert_identical(found, operators._plain_weight(weight, *theirs, *grid, result))
+            assert_identical(found, plain_kernels.weight_by_its_range(weight, *theirs, *grid, result))
             assert_all_identical(mine, theirs)
 
 
@@ -231,14 +231,14 @@ def test_each_program_takes_many_blocks(device: str, size: int) -> None:
         for seed in (1, 2):
             x = batch((size,), (3.0, False, seed), theirs[0], torch.float32, "contiguous").to(place)
             found = operators._fast_activation(x, *mine, own, 0.0, 6.0, 0.01, *grid, True)
-            wanted = operators._plain_activation(x, *theirs, other, 0.0, 6.0, 0.01, *grid, True)
+            wanted = plain_kernels.activation(x, *theirs, other, 0.0, 6.0, 0.01, *grid, True)
             assert_all_identical(found, wanted)
             assert_learned_alike(mine, own, theirs, other)
-            assert_identical(operators._fast_gradient(x, found[1]), operators._plain_gradient(x, found[1]))
+            assert_identical(operators._fast_gradient(x, found[1]), plain_kernels.masked_gradient(x, found[1]))
         weight = torch.randn(2, 4096 + 5, device=place)  # more than a program's step
         mine, theirs = (fresh(grid, 2, place) for _ in range(2))
         found, wanted = (f(weight, *s, *grid, torch.float32) for f, s in
-                         ((operators._fast_weight, mine), (operators._plain_weight, theirs)))  # fmt: skip
+                         ((operators._fast_weight, mine), (plain_kernels.weight_by_its_range, theirs)))  # fmt: skip
         assert_all_identical([found, *mine], [wanted, *theirs])
 
 
@@ -253,19 +253,19 @@ if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 20 * 2**30:
         x[-999:] = tail
         for _ in range(2):  # before and after a range is known
             out, mask = operators._fast_activation(x, *state, words := scratch("cuda"), 0.0, 6.0, 0.01, *grid, True)
-            before = tuple(t.clone() for t in operators.state_before(words))
-            assert_identical(out[-999:], operators._plain_activation(tail, *before, None, 0.0, 6.0, 0.01, *grid, False)[0])
+            before = tuple(t.clone() for t in plain_kernels.state_before(words))
+            assert_identical(out[-999:], plain_kernels.activation(tail, *before, None, 0.0, 6.0, 0.01, *grid, False)[0])
             gradient = operators._fast_gradient(x, mask)
             assert_identical(gradient[-999:], torch.where(tail > 0, tail, 0.0))
             assert not out[:-999].any() and not gradient[:-999].any()
             assert [float(t) for t in state[2:]] == [0.0, float(tail.max())]
 
 
-def known(grid: Grid, low: float, high: float, place: str) -> operators.State:
+def known(grid: Grid, low: float, high: float, place: str) -> plain_kernels.State:
     """A state that learned this range."""
     state = fresh(grid, None, place)
     x = torch.tensor([low, high], device=place)
-    operators._plain_activation(x, *state, scratch(place), None, None, 0.01, *grid, False)
+    plain_kernels.activation(x, *state, scratch(place), None, None, 0.01, *grid, False)
     return state
 
 
@@ -297,7 +297,7 @@ def test_a_gated_kernel_is_the_plain_one(
         before = [t.clone() for t in states[1]]
         x = batch(shape, (size, False, seed), before[0], dtype, layout).to(place)
         found, used = operators._fast_gated(x, states[0], words[0], hard, constant, *grid)
-        wanted, wanted_used = operators._plain_gated(x, states[1], words[1], hard, constant, *grid)
+        wanted, wanted_used = plain_kernels.gated(x, states[1], words[1], hard, constant, *grid)
         if x.numel():
             assert_identical(used, wanted_used)
         for own in words[0]:
@@ -305,11 +305,11 @@ def test_a_gated_kernel_is_the_plain_one(
         grad = torch.randn(x.shape, device=place).to(dtype)
         ends = (grid.quant_min, grid.quant_max)
         gradient = operators._fast_gated_gradient(grad, x, wanted_used, hard, *ends)
-        wanted_gradient = operators._plain_gated_gradient(grad, x, wanted_used, hard, *ends)
+        wanted_gradient = plain_kernels.gated_gradient(grad, x, wanted_used, hard, *ends)
         if hard:
             assert_all_identical([found, *states[0]], [wanted, *states[1]])
             for mine, theirs in zip(*words, strict=True):
-                assert_all_identical(operators.state_before(mine), operators.state_before(theirs))
+                assert_all_identical(plain_kernels.state_before(mine), plain_kernels.state_before(theirs))
             assert_identical(gradient, wanted_gradient)
             return
         # a gate's exponential is right to two units in its last place, and so is its sum; then it has the dtype's digits
@@ -329,12 +329,12 @@ def test_a_gated_kernel_is_the_plain_one(
 
 def nudged(x: Tensor, grad: Tensor, flat: list[Tensor], grid: Grid, factor: float) -> tuple[Tensor, Tensor]:
     """SiLU in quantized steps, with the gate times a factor; and what its codes say of the gradient."""
-    of_x, of_gate, of_y = operators._states(flat)
-    x = operators._dense(x)
-    a, _ = operators._fake_quantized(x, of_x, grid)
+    of_x, of_gate, of_y = plain_kernels._states(flat)
+    x = plain_kernels.dense(x)
+    a, _ = plain_kernels._fake_quantized(x, of_x, grid)
     gate = (torch.sigmoid(a.float()) * factor).to(x.dtype)
-    b, gate_passes = operators._fake_quantized(gate, of_gate, grid)
-    out, passes = operators._fake_quantized(a * b, of_y, grid)
+    b, gate_passes = plain_kernels._fake_quantized(gate, of_gate, grid)
+    out, passes = plain_kernels._fake_quantized(a * b, of_y, grid)
     return out, b * 4 + gate_passes * 2 + passes
 
 
@@ -408,11 +408,11 @@ def test_a_gated_operator_is_its_steps_and_their_gradient(
     x = batch(shape, (size, False, seed), states[0][0], torch.float32, layout)
     leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
 
-    def q(value: Tensor, state: operators.State) -> Tensor:
+    def q(value: Tensor, state: plain_kernels.State) -> Tensor:
         return fake_quantize(value, state[0].reshape(()), state[1].reshape(()), grid.quant_min, grid.quant_max)
 
     a = q(other, states[0])
-    wanted = q(a * q(operators._gate(a, hard), states[1]), states[2])
+    wanted = q(a * q((torch.nn.functional.hardsigmoid(a) if hard else torch.sigmoid(a)), states[1]), states[2])
     out = operators.fake_quantize_gated(leaf, states, [], hard, None, grid)
     torch.testing.assert_close(out, wanted, rtol=0.0, atol=0.0)
     grad = torch.randn(shape)
@@ -446,10 +446,10 @@ def test_a_weights_operator_is_the_module(spec: QuantSpec, shape: tuple[int, ...
 def test_masks_are_unpacked_as_packed(shape: tuple[int, ...], layout: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     inside = laid_out(torch.rand(shape, generator=generator) < 0.5, layout)
-    mask = operators._packed(inside)
-    assert mask.shape == operators._mask_like(inside, True).shape
-    assert_identical(operators._unpacked(mask, inside), inside)
-    assert torch.equal(operators._packed(operators._unpacked(mask, inside)), mask)
+    mask = plain_kernels.packed(inside)
+    assert mask.shape == plain_kernels.mask_like(inside, True).shape
+    assert_identical(plain_kernels.unpacked(mask, inside), inside)
+    assert torch.equal(plain_kernels.packed(plain_kernels.unpacked(mask, inside)), mask)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -457,9 +457,9 @@ def test_masks_are_unpacked_as_packed(shape: tuple[int, ...], layout: str, seed:
 def test_the_gradient_for_compilers_is_the_kernels(dtype: torch.dtype, shape: tuple[int, ...], layout: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     grad = laid_out(torch.randn(shape, generator=generator).to(dtype), layout)
-    mask = operators._packed(laid_out(torch.rand(shape, generator=generator) < 0.5, layout))
-    wanted = operators._plain_gradient(grad, mask)
-    assert_identical(operators._traced_gradient(grad, mask, operators.memory_format(grad)), wanted)
+    mask = plain_kernels.packed(laid_out(torch.rand(shape, generator=generator) < 0.5, layout))
+    wanted = plain_kernels.masked_gradient(grad, mask)
+    assert_identical(operators._traced_gradient(grad, mask, plain_kernels.memory_format(grad)), wanted)
     assert_identical(torch.ops.eagerq.masked_gradient(grad, mask), wanted)
 
 
@@ -480,7 +480,7 @@ def test_a_gradient_of_any_layout_meets_its_mask(shape: tuple[int, ...], layout:
 def test_a_masked_gradient_is_its_own_derivative() -> None:
     """Linear: a difference of small integers is its derivative, with no digit lost. Twice differentiated it is zero."""
     grad, mask = torch.arange(1.0, 14.0).requires_grad_(), torch.tensor([0b10110100, 0b00101], dtype=torch.uint8)
-    inside = operators._unpacked(mask, grad).float()
+    inside = plain_kernels.unpacked(mask, grad).float()
     out = torch.ops.eagerq.masked_gradient(grad, mask)
     back = torch.arange(3.0, 16.0).requires_grad_()
     (first,) = torch.autograd.grad(out, grad, back, create_graph=True)

@@ -21,6 +21,7 @@ from eagerq.quant.functional import (
     traced_fake_quantize,
 )
 from eagerq.quant.observer import Observer, QuantState, merged_scalars
+from eagerq.quant.plain_kernels import WORDS, State, state_before
 from eagerq.quant.spec import QuantSpec
 
 
@@ -49,15 +50,16 @@ class FakeQuantize(FollowsEngine, QuantState):
     quantized again by the state of the second. ``torch.compile`` inside a checkpoint learns twice, as norms there do.
 
     Buffers, of their final shape from the start: ``scale`` and ``zero_point`` ``(1,)`` or ``(channels,)``,
-    and the observer's. ``fake_quant_enabled`` and ``observer_enabled`` are Python bools (torch.compile
-    guards on them) which the state_dict holds under torch.ao's keys.
+    and the observer's; ``scratch`` (int32, in no state_dict), in which a kernel's programs meet.
+    ``fake_quant_enabled`` and ``observer_enabled`` are Python bools (torch.compile guards on them) which the state_dict
+    holds under torch.ao's keys.
     """
 
     scale: Tensor
     zero_point: Tensor
     scratch: Tensor
     #: What the last batch was quantized by.
-    _before: operators.State | None = None
+    _before: State | None = None
     _before_was_fast = False
     #: That the buffers hold a range, once seen: looking waits for the device.
     _known = False
@@ -81,7 +83,7 @@ class FakeQuantize(FollowsEngine, QuantState):
             "zero_point", torch.full((size,), spec.fixed_zero_point if spec.symmetric else 0, dtype=torch.int32, device=device)
         )
         if channels is None and not memoryless:
-            self.register_buffer("scratch", torch.zeros(operators.WORDS, dtype=torch.int32, device=device), persistent=False)
+            self.register_buffer("scratch", torch.zeros(WORDS, dtype=torch.int32, device=device), persistent=False)
 
     def along_axis(self, values: Tensor, ndim: int) -> Tensor:
         """A ``(1,)`` or ``(channels,)`` tensor, shaped to broadcast over a tensor of ``ndim`` axes."""
@@ -109,7 +111,7 @@ class FakeQuantize(FollowsEngine, QuantState):
         observer(x.detach(), bounds)
         self.take_range()
         if x.numel():
-            self.observed = True
+            self._note_observed()
 
     @torch.no_grad()
     def take_range(self) -> None:
@@ -212,7 +214,7 @@ class FakeQuantize(FollowsEngine, QuantState):
         return self.spec.observer in ("min_max", "moving_average") and self.activation_post_process.others() is None
 
     @property
-    def state(self) -> operators.State:
+    def state(self) -> State:
         """What operators read and write."""
         own, observers = self._buffers, self._modules["activation_post_process"]._buffers  # type: ignore[union-attr]
         # of the dicts themselves: nn.Module looks attributes up four times as long
@@ -224,26 +226,15 @@ class FakeQuantize(FollowsEngine, QuantState):
         return None if self.spec.observer == "min_max" else self.spec.averaging_constant
 
     def of_activation(self, x: Tensor, bounds: Bounds = (None, None)) -> Tensor:
-        """What the forward makes of ``x.clamp(*bounds)``, in one pass."""
-        if not operators.are_fast(x):
-            scale, zero_point, spec = self.scale.reshape(()), self.zero_point.reshape(()), self.spec
-            if torch.compiler.is_compiling():
-                out = traced_fake_quantize(x, scale, zero_point, spec.quant_min, spec.quant_max, self._range_known(), bounds)
-            else:
-                again = self.learns and is_recomputing()
-                if again and self._before is not None:
-                    scale, zero_point = self._before[0].reshape(()), self._before[1].reshape(())
-                zero = None if spec.symmetric and not spec.fixed_zero_point else zero_point
-                out = fake_quantize_on_cpu(x, scale, zero, spec.quant_min, spec.quant_max, bounds)
-                if self.learns and not again and x.numel():
-                    self._learn_on_cpu(x, bounds)
-                return out
-            if self.learns:
-                self.observe(x, bounds)
-            return out
+        """What the forward makes of ``x.clamp(*bounds)``, in one pass; for where ``is_one_pass``."""
+        if operators.are_fast(x):
+            return self._by_kernel(x, bounds)
+        return self._traced(x, bounds) if torch.compiler.is_compiling() else self._on_cpu(x, bounds)
+
+    def _by_kernel(self, x: Tensor, bounds: Bounds) -> Tensor:
         state, scratch, learns, by_kernel = self.state, None, self.learns, self.is_learned_by_kernels
         if learns and is_recomputing():
-            state = operators.state_before(self.scratch) if by_kernel else self._before or state
+            state = state_before(self.scratch) if by_kernel else self._before or state
             learns = False
         elif learns and by_kernel:
             scratch = self.scratch
@@ -256,18 +247,33 @@ class FakeQuantize(FollowsEngine, QuantState):
             self._note_observed()
         return out
 
+    def _traced(self, x: Tensor, bounds: Bounds) -> Tensor:
+        scale, zero_point, spec = self.scale.reshape(()), self.zero_point.reshape(()), self.spec
+        out = traced_fake_quantize(x, scale, zero_point, spec.quant_min, spec.quant_max, self._range_known(), bounds)
+        if self.learns:
+            self.observe(x, bounds)
+        return out
+
+    def _on_cpu(self, x: Tensor, bounds: Bounds) -> Tensor:
+        spec, learns, again = self.spec, self.learns, self.learns and is_recomputing()
+        scale, zero_point, *_ = self._before if again and self._before is not None else self.state
+        zero = None if spec.symmetric and not spec.fixed_zero_point else zero_point.reshape(())
+        out = fake_quantize_on_cpu(x, scale.reshape(()), zero, spec.quant_min, spec.quant_max, bounds)
+        if learns and not again and x.numel():
+            self._learn_on_cpu(x, bounds)
+        return out
+
     @torch.no_grad()
     def _learn_on_cpu(self, x: Tensor, bounds: Bounds) -> None:
         """``observe`` in Python's numbers: thirty operations on one value each take PyTorch as long as the tensor does."""
         self._remember()
         self._before_was_fast = True
         nearest = float32 if self.scale.dtype == torch.float32 else float
-        low, high = float(x.amin()), float(x.amax())
-        if bounds[0] is not None:
-            low, high = max(low, nearest(bounds[0])), max(high, nearest(bounds[0]))
-        if bounds[1] is not None:
-            low, high = min(low, nearest(bounds[1])), min(high, nearest(bounds[1]))
         scale, zero_point, min_val, max_val = self.state
+        low, high = float(x.amin()), float(x.amax())
+        for bound, tighter in zip(bounds, (max, min), strict=True):
+            if bound is not None:  # the ends of what is clamped are the clamped ends
+                low, high = tighter(low, nearest(bound)), tighter(high, nearest(bound))
         low, high = merged_scalars(float(min_val), float(max_val), low, high, self.constant, nearest)
         min_val.fill_(low)
         max_val.fill_(high)
@@ -275,7 +281,7 @@ class FakeQuantize(FollowsEngine, QuantState):
             new_scale, new_zero = scalar_params(self._grid, low, high, nearest)
             scale.fill_(new_scale)
             zero_point.fill_(new_zero)
-        self.observed = True
+        self._note_observed()
 
     def _note_observed(self) -> None:
         if torch.compiler.is_compiling() or not self.observed:  # compiled code is not to look, or it is compiled twice
@@ -351,7 +357,7 @@ class FakeQuantize(FollowsEngine, QuantState):
         self._fit_checkpoint(state_dict, prefix, {"scale": 1.0, "zero_point": 0})
         super()._load_from_state_dict(state_dict, prefix, *args)
         if "scratch" in self._buffers:  # no checkpoint holds it, and a model built without memory (to_empty) never wrote it
-            self.scratch = torch.zeros(operators.WORDS, dtype=torch.int32, device=self.scale.device)
+            self.scratch = torch.zeros(WORDS, dtype=torch.int32, device=self.scale.device)
         loaded = [state_dict.get(f"{prefix}activation_post_process.{name}") for name in ("min_val", "max_val")]
         if all(isinstance(value, Tensor) for value in loaded):
             self._known = False

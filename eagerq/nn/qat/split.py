@@ -13,7 +13,8 @@ from eagerq.quant.code_functions import hardsigmoid_sum
 from eagerq.quant.code_values import Coded
 from eagerq.quant.codes import CodeTensor
 from eagerq.quant.fake_quantize import FakeQuantize, is_recomputing
-from eagerq.quant.operators import are_fast, fake_quantize_gated, state_before
+from eagerq.quant.operators import are_fast, fake_quantize_gated
+from eagerq.quant.plain_kernels import state_before
 from eagerq.quant.spec import QConfig
 
 #: f(x) = x g(x), as the engine multiplies; torch's class of f, f and g.

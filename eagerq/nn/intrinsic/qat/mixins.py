@@ -112,10 +112,32 @@ class WithBn(HoldsNorm, QATOp):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class WithAct(QATBase):
-    """A QAT module followed by an activation, adopted as it is; None makes a ReLU."""
+class HoldsAct(QATBase):
+    """An activation behind what ``preactivation`` computes, in one pass with the output's quantizer where there is one."""
 
     act: nn.Module
+
+    def preactivation(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the activation is applied to."""
+        raise NotImplementedError  # pragma: no cover
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if type(self).compute is not HoldsAct.compute:  # a class of the user's own says what it computes
+            return super().forward(input, *args, **kwargs)
+        if self.input_fake_quant is not None:
+            input = self.input_fake_quant(input)
+        out = self.preactivation(input, *args, **kwargs)
+        fast = self.act.in_one_pass(out, self.activation_post_process) if isinstance(self.act, SplitActivation) else None
+        return fast if fast is not None else activated(self.act, bounds_of(self.act), self.activation_post_process, out)
+
+    def compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out: Tensor = self.act(self.preactivation(input, *args, **kwargs))
+        return out
+
+
+class WithAct(HoldsAct):
+    """A QAT module followed by an activation, adopted as it is; None makes a ReLU."""
+
     weight: Tensor
 
     def __init__(self, *args: Any, act: nn.Module | None = None, **kwargs: Any) -> None:
@@ -134,21 +156,11 @@ class WithAct(QATBase):
     def _runs_itself(self) -> tuple[nn.Module, ...]:
         return (self.act, *super()._runs_itself())
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if type(self).compute is not WithAct.compute:  # a class of the user's own says what it computes
-            return super().forward(input, *args, **kwargs)
-        if self.input_fake_quant is not None:
-            input = self.input_fake_quant(input)
-        out = super().compute(input, *args, **kwargs)
-        fast = self.act.in_one_pass(out, self.activation_post_process) if isinstance(self.act, SplitActivation) else None
-        return fast if fast is not None else activated(self.act, bounds_of(self.act), self.activation_post_process, out)
-
-    def compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        out: Tensor = self.act(super().compute(input, *args, **kwargs))
-        return out
+    def preactivation(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super(HoldsAct, self).compute(input, *args, **kwargs)  # of what stands behind this mixin
 
 
-class NormActQAT(HoldsNorm, QATBase):
+class NormActQAT(HoldsNorm, HoldsAct):
     """A batch norm and an activation with no op before them: float arithmetic, quantized output.
 
     Args:
@@ -172,14 +184,6 @@ class NormActQAT(HoldsNorm, QATBase):
     def norm(self) -> nn.Module:
         return self.bn
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if type(self).compute is not NormActQAT.compute:
-            return super().forward(input, *args, **kwargs)
-        if self.input_fake_quant is not None:
-            input = self.input_fake_quant(input)
-        out = self.bn(input, *args, **kwargs)
-        return activated(self.act, bounds_of(self.act), self.activation_post_process, out)
-
-    def compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        out: Tensor = self.act(self.bn(input, *args, **kwargs))
+    def preactivation(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out: Tensor = self.bn(input, *args, **kwargs)
         return out

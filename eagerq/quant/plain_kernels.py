@@ -1,0 +1,167 @@
+"""The kernels of ``operators.py`` in plain PyTorch, for every device: the oracle of those in ``triton_kernels.py``.
+
+Also what both agree on: how a mask and a quantizer's scratch memory lie.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eagerq.quant.functional import dequantize, quantization_params, quantize
+from eagerq.quant.observer import merged_range
+from eagerq.quant.spec import Grid
+
+#: A quantizer's scale, zero point, least and greatest value.
+State = tuple[Tensor, Tensor, Tensor, Tensor]
+#: Words of scratch memory of a quantizer, int32 and zero at first: what the programs of one launch share (the batch's range,
+#: how many are done), and the state that the launch found.
+WORDS = 7
+
+
+def state_before(scratch: Tensor) -> State:
+    """The state that the last launch which learned found."""
+    floats = scratch.view(torch.float32)
+    return floats[3:4], scratch[4:5], floats[5], floats[6]
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The format in which ``x`` lies without gaps, or to which it must be copied."""
+    if not x.is_contiguous():
+        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            return torch.channels_last
+        if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
+            return torch.channels_last_3d
+    return torch.contiguous_format
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x`` without gaps in memory; itself if it has none."""
+    return x.contiguous(memory_format=memory_format(x))
+
+
+def mask_like(x: Tensor, needs_mask: bool) -> Tensor:
+    """Memory of a mask: a bit a value, or nothing."""
+    return torch.empty((x.numel() + 7) // 8 if needs_mask else 0, dtype=torch.uint8, device=x.device)
+
+
+def _bits(device: torch.device) -> Tensor:
+    return 2 ** torch.arange(8, device=device)
+
+
+def packed(inside: Tensor) -> Tensor:
+    """A bit for each value in the order of memory, eight a byte, the lowest first."""
+    flat = inside.as_strided((inside.numel(),), (1,))
+    flat = torch.nn.functional.pad(flat.to(torch.int64), (0, -flat.numel() % 8))
+    return (flat.reshape(-1, 8) * _bits(inside.device)).sum(1).to(torch.uint8)
+
+
+def unpacked(mask: Tensor, like: Tensor) -> Tensor:
+    """Inverse of ``packed``: a bool for each value of ``like``."""
+    flat = (mask.unsqueeze(1).to(torch.int64) & _bits(mask.device)).ne(0).reshape(-1)
+    return flat[: like.numel()].as_strided(like.shape, like.stride())
+
+
+def _fake_quantized(x: Tensor, state: State, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Real values of codes (x itself while no range is known), and whether the gradient passes."""
+    scale, zero_point, low, high = (t.reshape(()) for t in state)
+    known = (low != 0) | (high != 0)
+    q = quantize(x, scale, zero_point, -(2**20), 2**20)
+    real = dequantize(q.clamp(grid.quant_min, grid.quant_max), scale, zero_point).to(x.dtype)
+    return torch.where(known, real, x), ((q >= grid.quant_min) & (q <= grid.quant_max)) | ~known
+
+
+def _learn(x: Tensor, state: State, before: State, constant: float | None, grid: Grid) -> None:
+    """Keep the state in ``before``, then let it learn the range of x."""
+    for word, value in zip(before, state, strict=True):
+        word.copy_(value.reshape(word.shape))
+    scale, zero_point, min_val, max_val = state
+    low, high = (end.float().reshape(min_val.shape) for end in x.aminmax())
+    new = merged_range(min_val, max_val, low, high, constant)
+    new_scale, new_zero = (t.reshape(scale.shape) for t in quantization_params(grid, *new))
+    known = (new[0] != 0) | (new[1] != 0)
+    scale.copy_(torch.where(known, new_scale, scale))
+    zero_point.copy_(torch.where(known, new_zero, zero_point))
+    min_val.copy_(new[0])
+    max_val.copy_(new[1])
+
+
+def activation(
+    x: Tensor, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor, scratch: Tensor | None,
+    low: float | None, high: float | None, constant: float | None, *rest: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    state, grid, needs_mask = (scale, zero_point, min_val, max_val), Grid(*rest[:-1]), rest[-1]
+    x = dense(x)
+    a = x if low is None and high is None else x.clamp(low, high)
+    out, inside = _fake_quantized(a, state, grid)
+    mask = mask_like(x, needs_mask)
+    if needs_mask:
+        for bound, passes in ((low, torch.gt), (high, torch.lt)):
+            if bound is not None:
+                inside &= passes(x, bound)
+        mask = packed(inside)
+    if scratch is not None and x.numel():
+        _learn(a, state, state_before(scratch), constant, grid)
+    return out, mask
+
+
+def _states(flat: list[Tensor]) -> list[State]:
+    return [(flat[i], flat[i + 1], flat[i + 2], flat[i + 3]) for i in range(0, len(flat), 4)]
+
+
+def _gate(x: Tensor, hard: bool) -> Tensor:
+    return torch.nn.functional.hardsigmoid(x) if hard else torch.sigmoid(x)
+
+
+def gated(
+    x: Tensor, state: list[Tensor], scratch: list[Tensor], hard: bool, constant: float | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    grid, (of_x, of_gate, of_y) = Grid(*rest), _states(state)
+    x = dense(x)
+    used = torch.stack(
+        [t.reshape(()).float() for s, z, low, high in _states(state) for t in (s, z, (low != 0) | (high != 0))]
+    )
+    a, _ = _fake_quantized(x, of_x, grid)
+    gate = _gate(a, hard)
+    b, _ = _fake_quantized(gate, of_gate, grid)
+    y = a * b
+    out, _ = _fake_quantized(y, of_y, grid)
+    if scratch and x.numel():
+        for seen, own, kept in zip((x, gate, y), _states(state), scratch, strict=True):
+            _learn(seen, own, state_before(kept), constant, grid)
+    return out, used
+
+
+def gated_gradient(grad: Tensor, x: Tensor, used: Tensor, hard: bool, quant_min: int, quant_max: int) -> Tensor:
+    grid = Grid(quant_min, quant_max, 0, 0, False, False)
+    x = dense(x)
+    of_x, of_gate, of_y = ((s, z.to(torch.int32), k, k) for s, z, k in used.reshape(3, 3))
+    a, passes = _fake_quantized(x, of_x, grid)
+    gate = _gate(a, hard)
+    b, gate_passes = _fake_quantized(gate, of_gate, grid)
+    _, y_passes = _fake_quantized(a * b, of_y, grid)
+    wide, fine = a.float(), _gate(a.float(), hard)
+    slope = torch.where((wide > -3) & (wide < 3), 1 / 6, 0.0) if hard else fine * (1 - fine)
+    slope = b.float() + torch.where(gate_passes, wide * slope, 0.0)
+    return torch.where(passes & y_passes, grad.float() * slope, 0.0).to(grad.dtype)
+
+
+def masked_gradient(grad: Tensor, mask: Tensor) -> Tensor:
+    grad = dense(grad)
+    return torch.where(unpacked(mask, grad), grad, 0.0)
+
+
+def weight_by_its_range(
+    weight: Tensor, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor, *rest: Any
+) -> Tensor:
+    grid, dtype = Grid(*rest[:-1]), rest[-1]
+    weight = dense(weight)
+    rows = weight.float().flatten(1)
+    new = merged_range(min_val, max_val, rows.amin(1), rows.amax(1), 1.0)
+    for state, value in zip((scale, zero_point, min_val, max_val), (*quantization_params(grid, *new), *new), strict=True):
+        state.copy_(value)
+    shape = (-1,) + (1,) * (weight.dim() - 1)
+    s, z = scale.reshape(shape), zero_point.reshape(shape)
+    return dequantize(quantize(weight, s, z, grid.quant_min, grid.quant_max), s, z).to(dtype)
