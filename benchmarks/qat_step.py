@@ -169,7 +169,8 @@ class Group:
         if not math.isfinite(row.last_loss):
             row.add_note(f"the loss is {row.last_loss}")
         try:
-            row.peak_bytes = peak_bytes(step, held)
+            if self.mode != "graphed":  # a graph keeps its memory to itself, where nobody counts it
+                row.peak_bytes = peak_bytes(step, held)
             found = kernels(step, self.options.profiled_steps)
         except Exception as error:  # a profiler that does not work here leaves the times on the wall
             row.add_note(f"not profiled: {in_one_line(error)}")
