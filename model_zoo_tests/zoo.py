@@ -172,7 +172,7 @@ def run_checks(
     """Run (kind, model) tasks within a memory budget; returns those that can never fit it."""
     known = {row["model"]: float(row["parameters"]) for row in (*read_table(), *rows_of(store))}
     needs = {task: memory_mb(*task, known) for task in tasks}
-    waiting = sorted((task for task in tasks if needs[task] <= budget_mb), key=needs.__getitem__)
+    waiting = sorted((task for task in tasks if needs[task] <= budget_mb), key=needs.__getitem__, reverse=True)
     running: dict[Future[dict[str, Any]], tuple[str, str]] = {}
     pool = _pool(jobs)
     while waiting or running:
