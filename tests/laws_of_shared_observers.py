@@ -131,7 +131,7 @@ def one_reduction_gives_the_state_after_the_union(rank: int, folder: Path) -> No
                 for p in part:
                     p(batch)
             for i in (0, 1):
-                assert all(torch.equal(a, b) for a, b in zip(mine[i].buffers(), union[i].buffers(), strict=True))
+                equal(mine[i].state_dict(), union[i].state_dict())
             for i in (0, 1):  # a mean of moving averages is the moving average of the means
                 for name in ("min_val", "max_val"):
                     wanted = torch.stack([part[i].activation_post_process.get_buffer(name) for part in parts]).mean(0)
@@ -146,7 +146,7 @@ def one_reduction_gives_the_state_after_the_union(rank: int, folder: Path) -> No
         once(torch.tensor([float(i * (-1) ** rank)]))
         union_once(torch.tensor([float(i), float(-i)]))
     eagerq.sync_observers(nn.ModuleList([once, unseen, late]))
-    assert all(torch.equal(a, b) for a, b in zip(once.buffers(), union_once.buffers(), strict=True))
+    equal(once.state_dict(), union_once.state_dict())
     assert not unseen.has_range()
     assert float(unseen.scale) == 1.0
     equal(late.state_dict(), alone.state_dict())

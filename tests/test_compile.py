@@ -10,16 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from rows import ROWS, Row, attach_quantizers
 from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.convnext import ConvNeXt
 from timm.models.efficientnet import EfficientNet
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 
 import eagerq
 from eagerq.nn.intrinsic import qat as nniqat
+from eagerq.nn.modules.batchnorm import batch_norm_and_ends, tells_ends
 from eagerq.nn.qat import split
 from eagerq.quant import FakeQuantize, QuantSpec, operators
 
@@ -33,7 +37,7 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def compiled_and_eager(q: Any, backend: str = "aot_eager") -> tuple[Any, Any]:
+def compiled_and_eager(q: Any, backend: Any = "aot_eager") -> tuple[Any, Any]:
     return torch.compile(copy.deepcopy(q), fullgraph=True, backend=backend), q
 
 
@@ -272,4 +276,139 @@ def test_a_backward_ahead_of_time_agrees(form: str) -> None:
     compiled, eager = compiled_and_eager(pair.eager)
     for _ in range(3):
         x = pair.batch()
+        assert_agree(compiled, eager, step(compiled, x), step(eager, x))
+
+
+# --- what a compiler can fuse
+
+
+NORMED = ("ConvBn2d", "ConvBnReLU2d", "ConvBnReLU1d", "LinearBnReLU1d", "ConvTransposeBnReLU2d", "BNReLU2d")
+
+
+@pytest.mark.parametrize("name", NORMED)
+@pytest.mark.parametrize("form", ["operators"], indirect=True)
+def test_a_range_behind_a_norm_is_found_with_its_statistics(name: str, form: str) -> None:
+    """Nothing reads what the norm gives but functions of each value: the ends are those of the tensor that the norm reads."""
+    row = next(r for r in ROWS if r.name == name)
+    q = row.to_qat(row.chain(), "onnxruntime")
+    q.activation_post_process = FakeQuantize(QuantSpec())
+    seen: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+        seen.append(graph)
+        return graph
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    compiled, eager = compiled_and_eager(q, backend)
+    for seed in (1, 2, 3):
+        x = row.input(seed=seed)
+        assert_agree(compiled, eager, step(compiled, x), step(eager, x))
+    forward = seen[0].graph
+    assert not [n for n in forward.nodes if "eagerq.fake_quantize_activation" in str(n.target)]
+    (norm,) = (n for n in forward.nodes if "batch_norm" in str(n.target))
+    size = norm.args[0].meta["val"].numel()
+    large = [n for n in forward.nodes if str(n.target) in ("aten.amin.default", "aten.amax.default") and _size(n.args[0]) == size]
+    assert sorted(str(n.target) for n in large) == ["aten.amax.default", "aten.amin.default"]
+    for n in large:
+        assert _source(n.args[0]) is norm.args[0]
+        axes = [0, *range(2, norm.args[0].meta["val"].dim())]
+        assert list(n.args[1]) == axes
+
+
+def _size(node: Any) -> int:
+    return int(node.meta["val"].numel())
+
+
+def _source(node: Any) -> Any:
+    """What a view or a detached tensor is of."""
+    while str(node.target) in ("aten.detach.default", "aten.alias.default"):
+        node = node.args[0]
+    return node
+
+
+def _norms(dims: int, channels: int, affine: bool) -> Any:
+    return (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims](channels, affine=affine).double()
+
+
+@given(
+    dims=st.integers(0, 3), channels=st.integers(1, 4), batch=st.integers(2, 4), affine=st.booleans(), seed=st.integers(0, 2**16)
+)
+def test_a_norms_ends_are_those_of_its_output(dims: int, channels: int, batch: int, affine: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    norm = _norms(dims, channels, affine)
+    if affine:
+        with torch.no_grad():
+            norm.weight.copy_(torch.randn(channels).sign() * torch.rand(channels) * torch.randint(0, 2, (channels,)))
+            norm.bias.normal_()
+    other = copy.deepcopy(norm)
+    for _ in range(2):
+        x = torch.randn(batch, channels, *(3,) * dims, dtype=torch.float64) * torch.rand(channels).reshape(-1, *(1,) * dims)
+        assert tells_ends(norm, x)
+        one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
+        (found, ends), wanted = batch_norm_and_ends(norm, one), other(two)
+        torch.testing.assert_close(found, wanted, rtol=0.0, atol=0.0)
+        rest = [axis for axis in range(x.dim()) if axis != 1]
+        torch.testing.assert_close(ends.amin(0), wanted.detach().amin(rest))
+        torch.testing.assert_close(ends.amax(0), wanted.detach().amax(rest))
+        assert not ends.requires_grad
+        grad = torch.randn_like(x)
+        found.backward(grad)
+        wanted.backward(grad)
+        torch.testing.assert_close(one.grad, two.grad, rtol=0.0, atol=0.0)
+        torch.testing.assert_close(dict(norm.state_dict()), dict(other.state_dict()), rtol=0.0, atol=0.0)
+
+
+def test_a_cumulative_average_is_the_norms_own() -> None:
+    """PyTorch's compiler breaks at its count, so that no graph could hold it."""
+    assert not tells_ends(nn.BatchNorm1d(2, momentum=None), torch.ones(3, 2))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.bn.eval(),
+        lambda m: setattr(m, "bn", nn.BatchNorm2d(4, track_running_stats=False)),
+        lambda m: setattr(m, "bn", eagerq.nn.FrozenBatchNorm2d(4)),
+        lambda m: setattr(m.activation_post_process, "spec", QuantSpec(observer="percentile")),
+        lambda m: setattr(m, "act", nn.GELU()),
+        lambda m: m.act.register_forward_hook(lambda *_: None) and None,
+        lambda m: m.activation_post_process.apply(eagerq.disable_observer),
+        lambda m: m.activation_post_process.apply(eagerq.disable_fake_quant),
+    ],
+    ids=["frozen", "no statistics", "frozen class", "percentile", "no clamp", "hook", "no observer", "no quantizer"],
+)
+def test_where_ends_are_not_to_be_had_the_modules_say_the_range(change: Any) -> None:
+    """A norm that does not learn, an activation that does more, a quantizer that wants more or nothing."""
+    torch.manual_seed(0)
+    q = nniqat.ConvBnReLU2d(3, 4, 3)
+    q.activation_post_process = FakeQuantize(QuantSpec())
+    change(q)
+    compiled, eager = compiled_and_eager(q)
+    for seed in (1, 2):
+        x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+        assert_agree(compiled, eager, step(compiled, x), step(eager, x))
+
+
+class _Doubled(nniqat.ConvBnReLU2d):
+    """A user's own class, which computes something else before the activation."""
+
+    def preactivation(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return 2 * super().preactivation(input, *args, **kwargs)
+
+
+class _Shifted(nniqat.ConvBn2d):
+    """A user's own class, which computes something else in training."""
+
+    def train_compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return 1 + super().train_compute(input, *args, **kwargs)
+
+
+@pytest.mark.parametrize("cls", [_Doubled, _Shifted])
+def test_a_users_own_computing_is_compiled_as_it_is(cls: Any) -> None:
+    torch.manual_seed(0)
+    q = cls(3, 4, 3)
+    q.activation_post_process = FakeQuantize(QuantSpec())
+    compiled, eager = compiled_and_eager(q)
+    for seed in (1, 2):
+        x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
         assert_agree(compiled, eager, step(compiled, x), step(eager, x))

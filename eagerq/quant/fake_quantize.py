@@ -209,9 +209,14 @@ class FakeQuantize(FollowsEngine, QuantState):
         return self.training and self.observer_enabled
 
     @property
+    def _keeps_ends(self) -> bool:
+        """Whether the range is one of least and greatest values."""
+        return self.spec.observer in ("min_max", "moving_average")
+
+    @property
     def is_learned_by_kernels(self) -> bool:
         """Whether the observer needs the least and greatest value of this process's batch, and no more."""
-        return self.spec.observer in ("min_max", "moving_average") and self.activation_post_process.others() is None
+        return self._keeps_ends and self.activation_post_process.others() is None
 
     @property
     def state(self) -> State:
@@ -225,11 +230,22 @@ class FakeQuantize(FollowsEngine, QuantState):
         """Of the moving average; None takes the least and greatest of all batches."""
         return None if self.spec.observer == "min_max" else self.spec.averaging_constant
 
-    def of_activation(self, x: Tensor, bounds: Bounds = (None, None)) -> Tensor:
-        """What the forward makes of ``x.clamp(*bounds)``, in one pass; for where ``is_one_pass``."""
+    @property
+    def learns_from_ends(self) -> bool:
+        """Whether the next forward would learn from the least and greatest value of its input, and no more."""
+        return self.fake_quant_enabled and self.learns and self._keeps_ends and not self.memoryless
+
+    def of_activation(self, x: Tensor, bounds: Bounds = (None, None), ends: Tensor | None = None) -> Tensor:
+        """What the forward makes of ``x.clamp(*bounds)``, in one pass; for where ``is_one_pass``.
+
+        Compiled code that found the least and greatest value of x on its way gives a tensor that holds them, ``ends``: what is
+        left is a function of each value, which a compiler fuses with what made x.
+        """
+        if ends is not None:
+            return self._traced(x, bounds, ends)
         if operators.are_fast(x):
             return self._by_kernel(x, bounds)
-        return self._traced(x, bounds) if torch.compiler.is_compiling() else self._on_cpu(x, bounds)
+        return self._traced(x, bounds, x) if torch.compiler.is_compiling() else self._on_cpu(x, bounds)
 
     def _by_kernel(self, x: Tensor, bounds: Bounds) -> Tensor:
         state, scratch, learns, by_kernel = self.state, None, self.learns, self.is_learned_by_kernels
@@ -247,11 +263,11 @@ class FakeQuantize(FollowsEngine, QuantState):
             self._note_observed()
         return out
 
-    def _traced(self, x: Tensor, bounds: Bounds) -> Tensor:
+    def _traced(self, x: Tensor, bounds: Bounds, ends: Tensor) -> Tensor:
         scale, zero_point, spec = self.scale.reshape(()), self.zero_point.reshape(()), self.spec
         out = traced_fake_quantize(x, scale, zero_point, spec.quant_min, spec.quant_max, self._range_known(), bounds)
         if self.learns:
-            self.observe(x, bounds)
+            self.observe(ends, bounds)
         return out
 
     def _on_cpu(self, x: Tensor, bounds: Bounds) -> Tensor:

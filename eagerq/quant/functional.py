@@ -47,11 +47,13 @@ def quantization_params(spec: QuantSpec | Grid, low: Tensor, high: Tensor) -> tu
     """
     low = low.clamp(max=0.0)
     high = high.clamp(min=0.0)
+    # by a tensor: CUDA multiplies by the reciprocal of a Python number, which is another bit now and then
+    steps = torch.full_like(low, spec.levels if spec.symmetric else spec.quant_max - spec.quant_min)
     if spec.symmetric:
-        scale = (torch.maximum(-low, high) / spec.levels).clamp_min(MIN_SCALE)
+        scale = (torch.maximum(-low, high) / steps).clamp_min(MIN_SCALE)
         scale = power_of_two(scale) if spec.power_of_two else scale
         return scale, torch.full_like(scale, spec.fixed_zero_point, dtype=torch.int32)
-    scale = ((high - low) / (spec.quant_max - spec.quant_min)).clamp_min(MIN_SCALE)
+    scale = ((high - low) / steps).clamp_min(MIN_SCALE)
     scale = power_of_two(scale) if spec.power_of_two else scale
     zero_point = (spec.quant_min - torch.round(low / scale)).clamp(spec.quant_min, spec.quant_max)
     return scale, zero_point.to(torch.int32)

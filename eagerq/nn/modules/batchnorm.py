@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from eagerq.errors import ModelError
+from eagerq.nn.modules.activation import is_hooked
 
 _Self = TypeVar("_Self", bound="_FrozenBatchNorm")
 
@@ -156,6 +157,43 @@ def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
     if isinstance(bias, Tensor):
         shift = shift + bias.to(dtype)
     return scale, shift
+
+
+def tells_ends(norm: nn.Module, x: Tensor) -> bool:
+    """Whether ``batch_norm_and_ends`` computes what ``norm(x)`` does: PyTorch's own batch norms, where they learn."""
+    if type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) or is_hooked(norm):
+        return False
+    learns = norm.training and is_foldable(norm) and norm.momentum is not None
+    return learns and x.dim() > 1 and x.numel() > x.shape[1]  # of one value a channel the norm says what is wrong
+
+
+def batch_norm_and_ends(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    r"""``norm(x)`` in training, and two values of each channel among which are the least and the greatest of the channel.
+
+    :math:`y = ((x - \mu) / \sigma)\,\gamma + \beta` is monotone in x, after every rounding too, so the ends of a channel are
+    images of the ends of x. The mean, the variance and the ends of x are reductions of one tensor along the same axes: a
+    compiler finds them in one pass, and looks at y no more.
+
+    Args:
+        norm: one of those of which ``tells_ends``.
+        x: ``(N, C, *)``.
+
+    Returns:
+        y, and the ends, ``(2, C)`` of y's dtype and without a gradient.
+    """
+    norm._check_input_dim(x)  # type: ignore[operator]
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)  # type: ignore[operator]
+    weight, bias = norm.weight, norm.bias
+    out, mean, inverse = torch.native_batch_norm(
+        x, weight, bias, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps  # type: ignore[arg-type]
+    )
+    with torch.no_grad():
+        axes = [0, *range(2, x.dim())]
+        ends = (torch.stack([x.amin(axes), x.amax(axes)]) - mean) * inverse
+        ends = ends if weight is None else ends * weight  # type: ignore[operator]
+        ends = ends if bias is None else ends + bias  # type: ignore[operator]
+    return out, ends.detach().to(out.dtype)
 
 
 class HoldsNorm(nn.Module):

@@ -71,10 +71,16 @@ def on_sums(bias: Tensor | None, bias_scale: Tensor | None, x: Coded, weight_sca
     return bias if torch.allclose(bias_scale.float(), unit, rtol=1e-6, atol=0.0) else None
 
 
-def activated(act: Callable[[Tensor], Tensor], bounds: Bounds | None, quantizer: nn.Module | None, x: Tensor) -> Tensor:
+def activated(
+    act: Callable[[Tensor], Tensor],
+    bounds: Bounds | None,
+    quantizer: nn.Module | None,
+    x: Tensor,
+    ends: Tensor | None = None,
+) -> Tensor:
     """``quantizer(act(x))``; in one pass where ``act`` clamps to ``bounds`` and a kernel serves both."""
     if bounds is not None and type(quantizer) is FakeQuantize and quantizer.is_one_pass(x) and not is_hooked(quantizer):
-        return quantizer.of_activation(x, bounds)
+        return quantizer.of_activation(x, bounds, ends)
     out = act(x)
     return out if quantizer is None else quantizer(out)  # type: ignore[no-any-return]
 
@@ -149,14 +155,26 @@ class QATBase(FollowsEngine, nn.Module):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.input_fake_quant is not None:
             input = self.input_fake_quant(input)
-        out = self.compute(input, *args, **kwargs)
-        if self.activation_post_process is not None:
-            out = self.activation_post_process(out)
-        return out
+        out, ends = self.compute_with_ends(input, *args, **kwargs) or (self.compute(input, *args, **kwargs), None)
+        quantizer = self.activation_post_process
+        if ends is not None:
+            return quantizer.of_activation(out, ends=ends)  # type: ignore[no-any-return,union-attr,operator]
+        return out if quantizer is None else quantizer(out)  # type: ignore[no-any-return]
 
     def compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output before its quantizer."""
         raise NotImplementedError  # pragma: no cover
+
+    def compute_with_ends(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None] | None:
+        """What ``compute`` gives, and a tensor that holds its least and greatest value; None where those take a look at it."""
+        return None
+
+    def wants_ends(self) -> bool:
+        """Whether the output's quantizer can use its input's ends: in compiled training, where that saves a pass."""
+        quantizer = self.activation_post_process
+        if not torch.compiler.is_compiling() or type(quantizer) is not FakeQuantize or is_hooked(quantizer):
+            return False
+        return quantizer.learns_from_ends
 
 
 class QATOp(Op, QATBase):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from eagerq.nn.modules.activation import bounds_of
-from eagerq.nn.modules.batchnorm import HoldsNorm, is_foldable, scale_and_shift
+from eagerq.nn.modules.batchnorm import HoldsNorm, batch_norm_and_ends, is_foldable, scale_and_shift, tells_ends
 from eagerq.nn.modules.ops import fold
 from eagerq.nn.qat.base import QATBase, QATOp, activated
 from eagerq.nn.qat.split import SplitActivation, split
@@ -80,9 +80,21 @@ class WithBn(HoldsNorm, QATOp):
         self.check_norm_input(input)
         return super().compute(input, *args, **kwargs)
 
+    def compute_with_ends(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None] | None:
+        own = type(self).compute in (WithBn.compute, HoldsAct.compute) and type(self).train_compute is WithBn.train_compute
+        if not (own and self.training and self.wants_ends() and self.ends_with_norm()):
+            return None
+        self.check_norm_input(input)
+        out = super().train_compute(input, *args, **kwargs)
+        return batch_norm_and_ends(self.bn, out) if tells_ends(self.bn, out) else (self.bn(out), None)
+
+    def ends_with_norm(self) -> bool:
+        """Whether the norm is the last that training computes."""
+        return self.weight_fake_quant is None or self.quantizes_weight_itself() or not is_foldable(self.bn)
+
     def train_compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         quantizer = self.weight_fake_quant
-        if quantizer is None or self.quantizes_weight_itself() or not is_foldable(self.bn):
+        if quantizer is None or self.ends_with_norm():
             out: Tensor = self.bn(super().train_compute(input, *args, **kwargs))
             return out
         scale = scale_and_shift(self.bn)[0].detach().to(self.weight.dtype)
@@ -126,9 +138,16 @@ class HoldsAct(QATBase):
             return super().forward(input, *args, **kwargs)
         if self.input_fake_quant is not None:
             input = self.input_fake_quant(input)
-        out = self.preactivation(input, *args, **kwargs)
+        out, ends = self.preactivation_with_ends(input, *args, **kwargs)
         fast = self.act.in_one_pass(out, self.activation_post_process) if isinstance(self.act, SplitActivation) else None
-        return fast if fast is not None else activated(self.act, bounds_of(self.act), self.activation_post_process, out)
+        return fast if fast is not None else activated(self.act, bounds_of(self.act), self.activation_post_process, out, ends)
+
+    def preactivation_with_ends(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """``preactivation``, and its least and greatest value where they are known without a look at it."""
+        return self.preactivation(input, *args, **kwargs), None
+
+    def wants_ends(self) -> bool:
+        return super().wants_ends() and bounds_of(self.act) is not None  # of what clamps they are the clamped ends
 
     def compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out: Tensor = self.act(self.preactivation(input, *args, **kwargs))
@@ -159,6 +178,11 @@ class WithAct(HoldsAct):
     def preactivation(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return super(HoldsAct, self).compute(input, *args, **kwargs)  # of what stands behind this mixin
 
+    def preactivation_with_ends(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        own = type(self).preactivation is WithAct.preactivation
+        found = super(HoldsAct, self).compute_with_ends(input, *args, **kwargs) if own else None
+        return found or super().preactivation_with_ends(input, *args, **kwargs)
+
 
 class NormActQAT(HoldsNorm, HoldsAct):
     """A batch norm and an activation with no op before them: float arithmetic, quantized output.
@@ -187,3 +211,9 @@ class NormActQAT(HoldsNorm, HoldsAct):
     def preactivation(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out: Tensor = self.bn(input, *args, **kwargs)
         return out
+
+    def preactivation_with_ends(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        own = type(self).preactivation is NormActQAT.preactivation
+        if own and not (args or kwargs) and self.wants_ends() and tells_ends(self.bn, input):
+            return batch_norm_and_ends(self.bn, input)
+        return super().preactivation_with_ends(input, *args, **kwargs)
