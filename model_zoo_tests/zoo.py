@@ -13,6 +13,7 @@ import dataclasses
 import gc
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -45,7 +46,7 @@ SIZES = (32, 28, 48, 56, 64, 96, 112, 128, 160, 192, 224, 240, 256, 288, 320, 38
 # --- one model
 
 
-def check_structure(name: str) -> dict[str, Any]:
+def check_structure(name: str, _: float = math.inf) -> dict[str, Any]:
     """The row, the verdict and the classes of one model."""
     model = on_meta(name)
     classes = holding_conv(model)
@@ -53,10 +54,15 @@ def check_structure(name: str) -> dict[str, Any]:
     return {"row": row.cells(), "verdict": dataclasses.asdict(verdict), "right": verdict.is_right, "classes": classes}
 
 
-def check_real(name: str) -> dict[str, Any]:
-    """The laws on one model with random weights, at the smallest input it takes: float64 where rounding grows in float32."""
+def check_real(name: str, granted_mb: float = math.inf) -> dict[str, Any]:
+    """The laws on one model with random weights, at the smallest input it takes: float64 where rounding grows in float32.
+
+    One that needs more memory than is granted says how much, and does nothing.
+    """
     refused: list[str] = []
     for options, shape in small_inputs(name):
+        if granted_mb < math.inf and (needs_mb := working_mb(on_meta(name, **options), shape)) > granted_mb:
+            return {"needs_mb": needs_mb}
         x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
         def build(options: dict[str, Any] = options) -> nn.Module:
@@ -108,15 +114,34 @@ def runs_at(model: nn.Module, shape: tuple[int, ...]) -> bool:
     return True
 
 
-CHECKS: dict[str, Callable[[str], dict[str, Any]]] = {"structure": check_structure, "real": check_real}
+def working_mb(model: nn.Module, shape: tuple[int, ...]) -> float:
+    """What a training step holds at once: the process, weights and gradients, and what the forward of a meta model saves; zero
+    where the meta device does not run it."""
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        saved.setdefault(t.untyped_storage()._cdata, t.untyped_storage())
+        return t
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            model.train()(torch.empty(shape, device="meta"))
+    except Exception:
+        return 0.0
+    weights = 8 * sum(p.numel() for p in model.parameters())
+    return 1500 + (weights + sum(s.nbytes() for key, s in saved.items() if key not in own)) / 2**20
 
 
-def checked(kind: str, name: str) -> dict[str, Any]:
+CHECKS: dict[str, Callable[[str, float], dict[str, Any]]] = {"structure": check_structure, "real": check_real}
+
+
+def checked(kind: str, name: str, granted_mb: float) -> dict[str, Any]:
     """One check in this process: its findings, or the crash it ended in."""
     torch.set_num_threads(1)
     start = time.perf_counter()
     try:
-        found = CHECKS[kind](name)
+        found = CHECKS[kind](name, granted_mb)
     except Exception:
         found = {"right": False, "crash": traceback.format_exc(limit=-4)}
     if peak_mb() > KEPT_MB:
@@ -159,7 +184,8 @@ class Store:
 
 
 def memory_mb(kind: str, name: str, known: Mapping[str, float]) -> float:
-    """What one check is expected to need: its process, and on real tensors copies of weights and gradients."""
+    """What one check is expected to need: its process, and on real tensors copies of weights and gradients; activations that
+    take more than those show when it begins."""
     if kind == "structure":
         return 1500.0
     millions = known[name] if name in known else sum(p.numel() for p in on_meta(name).parameters()) / 1e6
@@ -169,7 +195,10 @@ def memory_mb(kind: str, name: str, known: Mapping[str, float]) -> float:
 def run_checks(
     tasks: Sequence[tuple[str, str]], store: Store, jobs: int, budget_mb: float, done: Callable[[dict[str, Any]], None]
 ) -> list[tuple[str, str]]:
-    """Run (kind, model) tasks within a memory budget; returns those that can never fit it."""
+    """Run (kind, model) tasks within a memory budget; returns those that can never fit it.
+
+    The largest go first, so that none is left running alone at the end.
+    """
     known = {row["model"]: float(row["parameters"]) for row in (*read_table(), *rows_of(store))}
     needs = {task: memory_mb(*task, known) for task in tasks}
     waiting = sorted((task for task in tasks if needs[task] <= budget_mb), key=needs.__getitem__, reverse=True)
@@ -182,7 +211,7 @@ def run_checks(
             if not fitting:
                 break
             task = waiting.pop(fitting[0])
-            running[pool.submit(checked, *task)] = task
+            running[pool.submit(checked, *task, needs[task])] = task
             used += needs[task]
         finished, _ = wait(running, return_when=FIRST_COMPLETED)
         broken = False
@@ -197,6 +226,11 @@ def run_checks(
                     store_alone(task, store, done)
                     continue
                 result = {"kind": task[0], "model": task[1], "right": False, "crash": "the process was killed"}
+            if "needs_mb" in result:
+                needs[task] = result["needs_mb"]
+                if needs[task] <= budget_mb:
+                    waiting.insert(0, task)
+                continue
             store.add(result)
             done(result)
         if broken:
@@ -209,7 +243,7 @@ def store_alone(task: tuple[str, str], store: Store, done: Callable[[dict[str, A
     """One check in a process of its own."""
     with _pool(1) as pool:
         try:
-            result = pool.submit(checked, *task).result()
+            result = pool.submit(checked, *task, math.inf).result()
         except BrokenProcessPool:
             result = {"kind": task[0], "model": task[1], "right": False, "crash": "the process was killed"}
     store.add(result)
