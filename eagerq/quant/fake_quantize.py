@@ -191,7 +191,7 @@ class FakeQuantize(FollowsEngine, QuantState):
             and (self.training or self.profile is None)
             and (
                 torch.compiler.is_compiling()
-                or (operators.are_fast(x) and self.scale.dtype == torch.float32)
+                or (operators.are_fast(x) and self._buffers["scale"].dtype == torch.float32)  # type: ignore[union-attr]
                 or self._is_fast_on_cpu(x)
             )
         )
@@ -216,7 +216,8 @@ class FakeQuantize(FollowsEngine, QuantState):
     @property
     def is_learned_by_kernels(self) -> bool:
         """Whether the observer needs the least and greatest value of this process's batch, and no more."""
-        return self._keeps_ends and self.activation_post_process.others() is None
+        observer: Any = self._modules["activation_post_process"]
+        return self._keeps_ends and (observer.ranks is None or observer.others() is None)
 
     @property
     def state(self) -> State:
@@ -253,7 +254,7 @@ class FakeQuantize(FollowsEngine, QuantState):
             state = state_before(self.scratch) if by_kernel else self._before or state
             learns = False
         elif learns and by_kernel:
-            scratch = self.scratch
+            scratch = self._buffers["scratch"]
         elif learns:
             self._remember()
         out = operators.fake_quantize_activation(x, state, scratch, bounds, self.constant, self._grid)

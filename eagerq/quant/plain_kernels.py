@@ -39,7 +39,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 def dense(x: Tensor) -> Tensor:
     """``x`` without gaps in memory; itself if it has none."""
-    return x.contiguous(memory_format=memory_format(x))
+    return x if x.is_contiguous() else x.contiguous(memory_format=memory_format(x))
 
 
 def mask_like(x: Tensor, needs_mask: bool) -> Tensor:

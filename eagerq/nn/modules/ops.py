@@ -31,7 +31,7 @@ class Op:
     def check_norm_input(self, x: Tensor) -> None:
         """Raise if a norm after this op would not see the op's channels on axis 1."""
 
-    def scale_is_per_output(self, weight: Tensor) -> bool:
+    def scale_is_per_output(self) -> bool:
         """Whether a scale for each entry of ``channel_axis`` is one for each output channel."""
         return True
 
@@ -114,7 +114,7 @@ class ConvTransposeOp(Op):
         out: Tensor = conv(input, weight, bias, self.stride, self.padding, output_padding, self.groups, self.dilation)
         return out
 
-    def scale_is_per_output(self, weight: Tensor) -> bool:
+    def scale_is_per_output(self) -> bool:
         return self.groups == 1
 
     def by_output(self, weight: Tensor) -> Tensor:

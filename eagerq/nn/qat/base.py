@@ -153,10 +153,13 @@ class QATBase(FollowsEngine, nn.Module):
         return self
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.input_fake_quant is not None:
-            input = self.input_fake_quant(input)
-        out, ends = self.compute_with_ends(input, *args, **kwargs) or (self.compute(input, *args, **kwargs), None)
-        quantizer = self.activation_post_process
+        members = self._modules  # PyTorch looks a module's attributes up many times as long
+        quantizes_input = members["input_fake_quant"]
+        if quantizes_input is not None:
+            input = quantizes_input(input)
+        found = self.compute_with_ends(input, *args, **kwargs) if torch.compiler.is_compiling() else None
+        out, ends = found or (self.compute(input, *args, **kwargs), None)
+        quantizer = members["activation_post_process"]
         if ends is not None:
             return quantizer.of_activation(out, ends=ends)  # type: ignore[no-any-return,union-attr,operator]
         return out if quantizer is None else quantizer(out)  # type: ignore[no-any-return]
@@ -166,15 +169,16 @@ class QATBase(FollowsEngine, nn.Module):
         raise NotImplementedError  # pragma: no cover
 
     def compute_with_ends(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None] | None:
-        """What ``compute`` gives, and a tensor that holds its least and greatest value; None where those take a look at it."""
+        """What ``compute`` gives, and a tensor that holds its least and greatest value; None where those take a look at it.
+
+        Asked in compiled code alone, where it saves a pass.
+        """
         return None
 
     def wants_ends(self) -> bool:
-        """Whether the output's quantizer can use its input's ends: in compiled training, where that saves a pass."""
+        """Whether the output's quantizer can use the least and greatest value of what it is given."""
         quantizer = self.activation_post_process
-        if not torch.compiler.is_compiling() or type(quantizer) is not FakeQuantize or is_hooked(quantizer):
-            return False
-        return quantizer.learns_from_ends
+        return type(quantizer) is FakeQuantize and not is_hooked(quantizer) and quantizer.learns_from_ends
 
 
 class QATOp(Op, QATBase):
@@ -245,18 +249,19 @@ class QATOp(Op, QATBase):
 
     def train_compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output before activation and quantizer, in training."""
-        quantizer = self.weight_fake_quant
+        quantizer = self._modules.get("weight_fake_quant")
         weight = self.effective_weight()
         if quantizer is not None:
             own = type(quantizer) is FakeQuantize and not is_hooked(quantizer)
-            weight = quantizer.of_weight(weight, self._cast_to(weight)) if own else quantizer(weight)
-        return self.op(input, weight, self.bias, *args, **kwargs)
+            weight = quantizer.of_weight(weight, self._cast_to(weight)) if own else quantizer(weight)  # type: ignore[operator]
+        parameters = self._parameters
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # parametrized, or a replica's
+        return self.op(input, weight, bias, *args, **kwargs)
 
     def _cast_to(self, weight: Tensor) -> torch.dtype:
         """The dtype the op computes in under autocast: a quantized weight is written in it at once."""
-        kind = weight.device.type
-        if self.casts and weight.dtype == torch.float32 and weight.is_cuda and torch.is_autocast_enabled(kind):
-            return torch.get_autocast_dtype(kind)
+        if self.casts and weight.is_cuda and torch.is_autocast_enabled("cuda") and weight.dtype == torch.float32:
+            return torch.get_autocast_dtype("cuda")
         return weight.dtype
 
     def effective_weight(self) -> Tensor:

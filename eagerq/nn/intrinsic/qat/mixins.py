@@ -74,7 +74,7 @@ class WithBn(HoldsNorm, QATOp):
         if spec is None:
             return True
         scales_along = spec.per_channel and spec.symmetric and spec.narrow_range and not spec.power_of_two
-        return scales_along and self.scale_is_per_output(self.weight)
+        return scales_along and self.scale_is_per_output()
 
     def compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.check_norm_input(input)
@@ -90,13 +90,13 @@ class WithBn(HoldsNorm, QATOp):
 
     def ends_with_norm(self) -> bool:
         """Whether the norm is the last that training computes."""
-        return self.weight_fake_quant is None or self.quantizes_weight_itself() or not is_foldable(self.bn)
+        return self._modules.get("weight_fake_quant") is None or self.quantizes_weight_itself() or not is_foldable(self.bn)
 
     def train_compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        quantizer = self.weight_fake_quant
-        if quantizer is None or self.ends_with_norm():
-            out: Tensor = self.bn(super().train_compute(input, *args, **kwargs))
+        if self.ends_with_norm():
+            out: Tensor = self._modules["bn"](super().train_compute(input, *args, **kwargs))  # type: ignore[misc]
             return out
+        quantizer: Any = self.weight_fake_quant
         scale = scale_and_shift(self.bn)[0].detach().to(self.weight.dtype)
         float_weight = self.effective_weight()
         scaled = self.scale_weight(float_weight, scale)
@@ -136,15 +136,19 @@ class HoldsAct(QATBase):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if type(self).compute is not HoldsAct.compute:  # a class of the user's own says what it computes
             return super().forward(input, *args, **kwargs)
-        if self.input_fake_quant is not None:
-            input = self.input_fake_quant(input)
-        out, ends = self.preactivation_with_ends(input, *args, **kwargs)
-        fast = self.act.in_one_pass(out, self.activation_post_process) if isinstance(self.act, SplitActivation) else None
-        return fast if fast is not None else activated(self.act, bounds_of(self.act), self.activation_post_process, out, ends)
+        members = self._modules
+        quantizes_input, act, quantizer = members["input_fake_quant"], members["act"], members["activation_post_process"]
+        if quantizes_input is not None:
+            input = quantizes_input(input)
+        found = self.preactivation_with_ends(input, *args, **kwargs) if torch.compiler.is_compiling() else None
+        out, ends = found or (self.preactivation(input, *args, **kwargs), None)
+        if type(act) is SplitActivation and (fast := act.in_one_pass(out, quantizer)) is not None:
+            return fast
+        return activated(act, bounds_of(act), quantizer, out, ends)  # type: ignore[arg-type]
 
-    def preactivation_with_ends(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """``preactivation``, and its least and greatest value where they are known without a look at it."""
-        return self.preactivation(input, *args, **kwargs), None
+    def preactivation_with_ends(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None] | None:
+        """``preactivation``, and a tensor that holds its least and greatest value; None where those take a look at it."""
+        return None
 
     def wants_ends(self) -> bool:
         return super().wants_ends() and bounds_of(self.act) is not None  # of what clamps they are the clamped ends
@@ -178,10 +182,9 @@ class WithAct(HoldsAct):
     def preactivation(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return super(HoldsAct, self).compute(input, *args, **kwargs)  # of what stands behind this mixin
 
-    def preactivation_with_ends(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def preactivation_with_ends(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None] | None:
         own = type(self).preactivation is WithAct.preactivation
-        found = super(HoldsAct, self).compute_with_ends(input, *args, **kwargs) if own else None
-        return found or super().preactivation_with_ends(input, *args, **kwargs)
+        return super(HoldsAct, self).compute_with_ends(input, *args, **kwargs) if own else None
 
 
 class NormActQAT(HoldsNorm, HoldsAct):
@@ -212,8 +215,7 @@ class NormActQAT(HoldsNorm, HoldsAct):
         out: Tensor = self.bn(input, *args, **kwargs)
         return out
 
-    def preactivation_with_ends(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def preactivation_with_ends(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None] | None:
         own = type(self).preactivation is NormActQAT.preactivation
-        if own and not (args or kwargs) and self.wants_ends() and tells_ends(self.bn, input):
-            return batch_norm_and_ends(self.bn, input)
-        return super().preactivation_with_ends(input, *args, **kwargs)
+        tells = own and not (args or kwargs) and self.wants_ends() and tells_ends(self.bn, input)
+        return batch_norm_and_ends(self.bn, input) if tells else None
