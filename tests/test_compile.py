@@ -363,6 +363,24 @@ def test_a_cumulative_average_is_the_norms_own() -> None:
     assert not tells_ends(nn.BatchNorm1d(2, momentum=None), torch.ones(3, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_in_half_precision_a_range_is_that_of_the_norms_output(dtype: torch.dtype) -> None:
+    """A channel far from zero, beside its spread: a rounded mean would put its ends elsewhere."""
+    torch.manual_seed(0)
+    q = nniqat.ConvBn2d(1, 2, 1)
+    q.activation_post_process = FakeQuantize(QuantSpec())
+    with torch.no_grad():
+        q.weight.fill_(1.0)
+        q.bias.fill_(0.0)
+    x = 100.3 + torch.randn(4, 1, 6, 6)
+    compiled, eager = compiled_and_eager(q, "aot_eager_decomp_partition")
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        compiled(x), eager(x)
+    found, wanted = (m.activation_post_process.state for m in (compiled, eager))
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=0.0)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -254,9 +254,8 @@ class QATOp(Op, QATBase):
         if quantizer is not None:
             own = type(quantizer) is FakeQuantize and not is_hooked(quantizer)
             weight = quantizer.of_weight(weight, self._cast_to(weight)) if own else quantizer(weight)  # type: ignore[operator]
-        parameters = self._parameters
-        bias = parameters["bias"] if "bias" in parameters else self.bias  # parametrized, or a replica's
-        return self.op(input, weight, bias, *args, **kwargs)
+        listed = "bias" in self._parameters  # else it is parametrized, or a replica's
+        return self.op(input, weight, self._parameters["bias"] if listed else self.bias, *args, **kwargs)
 
     def _cast_to(self, weight: Tensor) -> torch.dtype:
         """The dtype the op computes in under autocast: a quantized weight is written in it at once."""
