@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import shutil
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +23,9 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 
 import eagerq
+from eagerq.nn import qat as nnqat
 from eagerq.nn.intrinsic import qat as nniqat
+from eagerq.nn.intrinsic.qat.mixins import WithAct, WithBn
 from eagerq.nn.modules.batchnorm import batch_norm_and_ends, tells_ends
 from eagerq.nn.qat import split
 from eagerq.quant import FakeQuantize, QuantSpec, operators
@@ -386,6 +389,7 @@ def test_in_half_precision_a_range_is_that_of_the_norms_output(dtype: torch.dtyp
     [
         lambda m: m.bn.eval(),
         lambda m: setattr(m, "bn", nn.BatchNorm2d(4, track_running_stats=False)),
+        lambda m: setattr(m.bn, "track_running_stats", False),
         lambda m: setattr(m, "bn", eagerq.nn.FrozenBatchNorm2d(4)),
         lambda m: setattr(m.activation_post_process, "spec", QuantSpec(observer="percentile")),
         lambda m: setattr(m, "act", nn.GELU()),
@@ -393,7 +397,7 @@ def test_in_half_precision_a_range_is_that_of_the_norms_output(dtype: torch.dtyp
         lambda m: m.activation_post_process.apply(eagerq.disable_observer),
         lambda m: m.activation_post_process.apply(eagerq.disable_fake_quant),
     ],
-    ids=["frozen", "no statistics", "frozen class", "percentile", "no clamp", "hook", "no observer", "no quantizer"],
+    ids=["frozen", "no statistics", "paused", "frozen class", "percentile", "no clamp", "hook", "no observer", "no quantizer"],
 )
 def test_where_ends_are_not_to_be_had_the_modules_say_the_range(change: Any) -> None:
     """A norm that does not learn, an activation that does more, a quantizer that wants more or nothing."""
@@ -415,13 +419,55 @@ class _Doubled(nniqat.ConvBnReLU2d):
 
 
 class _Shifted(nniqat.ConvBn2d):
-    """A user's own class, which computes something else in training."""
+    """In training."""
 
     def train_compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return 1 + super().train_compute(input, *args, **kwargs)
 
 
-@pytest.mark.parametrize("cls", [_Doubled, _Shifted])
+class _Scaled(nniqat.ConvBn2d):
+    """Behind the norm."""
+
+    def compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return 2 * super().compute(input, *args, **kwargs)
+
+
+class _ScaledThenReLU(WithAct, _Scaled):
+    """With an activation on top."""
+
+
+class _Moved(nnqat.Conv2d):
+    """Before the norm."""
+
+    def compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().compute(input + 1, *args, **kwargs)
+
+
+class _MovedThenNorm(WithBn, _Moved):
+    """With a norm on top."""
+
+
+def _patched(cls: Any, name: str, of_norm: bool = False) -> Any:
+    """One instance computes something else."""
+
+    def build(*args: Any) -> Any:
+        q = cls(*args)
+        on = q.bn if of_norm else q
+        original = getattr(type(on), name)
+        setattr(on, name, types.MethodType(lambda self, *a: 3 * original(self, *a), on))
+        return q
+
+    return build
+
+
+OWN = [
+    _Doubled, _Shifted, _Scaled, _ScaledThenReLU, _MovedThenNorm,
+    _patched(nniqat.ConvBn2d, "compute"), _patched(nniqat.ConvBn2d, "train_compute"),
+    _patched(nniqat.ConvBnReLU2d, "preactivation"), _patched(nniqat.ConvBnReLU2d, "forward", of_norm=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", OWN)
 def test_a_users_own_computing_is_compiled_as_it_is(cls: Any) -> None:
     torch.manual_seed(0)
     q = cls(3, 4, 3)
@@ -430,3 +476,24 @@ def test_a_users_own_computing_is_compiled_as_it_is(cls: Any) -> None:
     for seed in (1, 2):
         x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
         assert_agree(compiled, eager, step(compiled, x), step(eager, x))
+
+
+@pytest.mark.parametrize("cls", [nniqat.ConvBn2d, nniqat.ConvBnReLU2d])
+def test_a_quantizer_with_a_scale_a_channel_compiles(cls: Any) -> None:
+    torch.manual_seed(0)
+    q = cls(3, 4, 3)
+    q.activation_post_process = FakeQuantize(QuantSpec(), channels=4, axis=1)
+    compiled, eager = compiled_and_eager(q)
+    for seed in (1, 2):
+        x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+        assert_agree(compiled, eager, step(compiled, x), step(eager, x))
+
+
+def test_an_activation_may_be_a_function() -> None:
+    torch.manual_seed(0)
+    q, wanted = nniqat.ConvBnReLU2d(3, 4, 3), nniqat.ConvBnReLU2d(3, 4, 3)
+    wanted.load_state_dict(q.state_dict())
+    del q.act
+    q.act = torch.relu  # type: ignore[assignment]
+    x = torch.randn(2, 3, 6, 6)
+    torch.testing.assert_close(q(x), wanted(x), rtol=0.0, atol=0.0)

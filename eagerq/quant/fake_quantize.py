@@ -234,7 +234,8 @@ class FakeQuantize(FollowsEngine, QuantState):
     @property
     def learns_from_ends(self) -> bool:
         """Whether the next forward would learn from the least and greatest value of its input, and no more."""
-        return self.fake_quant_enabled and self.learns and self._keeps_ends and not self.memoryless
+        learns = self.fake_quant_enabled and self.learns and self._keeps_ends
+        return learns and self.channels is None and not self.memoryless
 
     def of_activation(self, x: Tensor, bounds: Bounds = (None, None), ends: Tensor | None = None) -> Tensor:
         """What the forward makes of ``x.clamp(*bounds)``, in one pass; for where ``is_one_pass``.

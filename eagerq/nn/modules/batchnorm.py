@@ -165,7 +165,9 @@ def tells_ends(norm: nn.Module, x: Tensor) -> bool:
         return False
     if x.device.type == "cpu" and x.dtype not in (torch.float32, torch.float64):
         return False  # compiled for CPUs, the mean comes back rounded to half precision
-    learns = norm.training and is_foldable(norm) and norm.momentum is not None
+    if "forward" in norm.__dict__:  # somebody's own, on this one alone
+        return False
+    learns = norm.training and bool(norm.track_running_stats) and is_foldable(norm) and norm.momentum is not None
     return learns and x.dim() > 1 and x.numel() > x.shape[1]  # of one value a channel the norm says what is wrong
 
 

@@ -32,6 +32,16 @@ _BIAS_SHIFT = 2.0**16
 
 _BOOKKEEPING = frozenset(vars(nn.Module())) | {"training"}
 
+#: The methods that make a QAT module's output, and where this library's are written.
+_COMPUTING = ("compute", "train_compute", "preactivation")
+_WRITTEN_IN = frozenset({"eagerq.nn.qat.base", "eagerq.nn.intrinsic.qat.mixins"})
+
+
+def member(module: nn.Module, name: str) -> Any:
+    """``getattr``, which takes PyTorch many times as long to find a submodule."""
+    members = module._modules
+    return members[name] if name in members else getattr(module, name)
+
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight:
@@ -99,10 +109,15 @@ class QATBase(FollowsEngine, nn.Module):
     activation_post_process: nn.Module | None
     input_fake_quant: nn.Module | None
 
+    #: That no class of a user's own, however far up, says what is computed.
+    _computes_as_written: ClassVar[bool] = True
+
     def __init_subclass__(cls, converts: type[nn.Module] | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if converts is not None:
             cls._FLOAT_MODULE = converts
+        methods = [vars(c)[name] for c in cls.__mro__ for name in _COMPUTING if name in vars(c)]
+        cls._computes_as_written = all(getattr(method, "__module__", None) in _WRITTEN_IN for method in methods)
 
     def _init_quantizers(self, qconfig: QConfigLike | None) -> None:
         self.qconfig = get_qconfig("onnxruntime" if qconfig is None else qconfig)
@@ -153,15 +168,14 @@ class QATBase(FollowsEngine, nn.Module):
         return self
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        members = self._modules  # PyTorch looks a module's attributes up many times as long
-        quantizes_input = members["input_fake_quant"]
+        quantizes_input = member(self, "input_fake_quant")
         if quantizes_input is not None:
             input = quantizes_input(input)
         found = self.compute_with_ends(input, *args, **kwargs) if torch.compiler.is_compiling() else None
         out, ends = found or (self.compute(input, *args, **kwargs), None)
-        quantizer = members["activation_post_process"]
+        quantizer = member(self, "activation_post_process")
         if ends is not None:
-            return quantizer.of_activation(out, ends=ends)  # type: ignore[no-any-return,union-attr,operator]
+            return quantizer.of_activation(out, ends=ends)  # type: ignore[no-any-return]
         return out if quantizer is None else quantizer(out)  # type: ignore[no-any-return]
 
     def compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -176,8 +190,10 @@ class QATBase(FollowsEngine, nn.Module):
         return None
 
     def wants_ends(self) -> bool:
-        """Whether the output's quantizer can use the least and greatest value of what it is given."""
+        """Whether the output's quantizer can use the least and greatest value of what this library's own methods compute."""
         quantizer = self.activation_post_process
+        if not self._computes_as_written or any(name in self.__dict__ for name in _COMPUTING):
+            return False
         return type(quantizer) is FakeQuantize and not is_hooked(quantizer) and quantizer.learns_from_ends
 
 
@@ -249,11 +265,11 @@ class QATOp(Op, QATBase):
 
     def train_compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output before activation and quantizer, in training."""
-        quantizer = self._modules.get("weight_fake_quant")
+        quantizer = member(self, "weight_fake_quant")
         weight = self.effective_weight()
         if quantizer is not None:
             own = type(quantizer) is FakeQuantize and not is_hooked(quantizer)
-            weight = quantizer.of_weight(weight, self._cast_to(weight)) if own else quantizer(weight)  # type: ignore[operator]
+            weight = quantizer.of_weight(weight, self._cast_to(weight)) if own else quantizer(weight)
         listed = "bias" in self._parameters  # else it is parametrized, or a replica's
         return self.op(input, weight, self._parameters["bias"] if listed else self.bias, *args, **kwargs)
 

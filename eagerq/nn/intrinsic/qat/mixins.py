@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from eagerq.nn.modules.activation import bounds_of
 from eagerq.nn.modules.batchnorm import HoldsNorm, batch_norm_and_ends, is_foldable, scale_and_shift, tells_ends
 from eagerq.nn.modules.ops import fold
-from eagerq.nn.qat.base import QATBase, QATOp, activated
+from eagerq.nn.qat.base import QATBase, QATOp, activated, member
 from eagerq.nn.qat.split import SplitActivation, split
 from eagerq.quant.spec import QConfigLike
 
@@ -81,8 +81,7 @@ class WithBn(HoldsNorm, QATOp):
         return super().compute(input, *args, **kwargs)
 
     def compute_with_ends(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None] | None:
-        own = type(self).compute in (WithBn.compute, HoldsAct.compute) and type(self).train_compute is WithBn.train_compute
-        if not (own and self.training and self.wants_ends() and self.ends_with_norm()):
+        if not (self.training and self.wants_ends() and self.ends_with_norm()):
             return None
         self.check_norm_input(input)
         out = super().train_compute(input, *args, **kwargs)
@@ -90,11 +89,11 @@ class WithBn(HoldsNorm, QATOp):
 
     def ends_with_norm(self) -> bool:
         """Whether the norm is the last that training computes."""
-        return self._modules.get("weight_fake_quant") is None or self.quantizes_weight_itself() or not is_foldable(self.bn)
+        return member(self, "weight_fake_quant") is None or self.quantizes_weight_itself() or not is_foldable(self.bn)
 
     def train_compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.ends_with_norm():
-            out: Tensor = self._modules["bn"](super().train_compute(input, *args, **kwargs))  # type: ignore[misc]
+            out: Tensor = member(self, "bn")(super().train_compute(input, *args, **kwargs))
             return out
         quantizer: Any = self.weight_fake_quant
         scale = scale_and_shift(self.bn)[0].detach().to(self.weight.dtype)
@@ -136,15 +135,15 @@ class HoldsAct(QATBase):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if type(self).compute is not HoldsAct.compute:  # a class of the user's own says what it computes
             return super().forward(input, *args, **kwargs)
-        members = self._modules
-        quantizes_input, act, quantizer = members["input_fake_quant"], members["act"], members["activation_post_process"]
+        quantizes_input, act = member(self, "input_fake_quant"), member(self, "act")
+        quantizer = member(self, "activation_post_process")
         if quantizes_input is not None:
             input = quantizes_input(input)
         found = self.preactivation_with_ends(input, *args, **kwargs) if torch.compiler.is_compiling() else None
         out, ends = found or (self.preactivation(input, *args, **kwargs), None)
         if type(act) is SplitActivation and (fast := act.in_one_pass(out, quantizer)) is not None:
             return fast
-        return activated(act, bounds_of(act), quantizer, out, ends)  # type: ignore[arg-type]
+        return activated(act, bounds_of(act), quantizer, out, ends)
 
     def preactivation_with_ends(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None] | None:
         """``preactivation``, and a tensor that holds its least and greatest value; None where those take a look at it."""
@@ -183,8 +182,7 @@ class WithAct(HoldsAct):
         return super(HoldsAct, self).compute(input, *args, **kwargs)  # of what stands behind this mixin
 
     def preactivation_with_ends(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None] | None:
-        own = type(self).preactivation is WithAct.preactivation
-        return super(HoldsAct, self).compute_with_ends(input, *args, **kwargs) if own else None
+        return super(HoldsAct, self).compute_with_ends(input, *args, **kwargs)
 
 
 class NormActQAT(HoldsNorm, HoldsAct):
@@ -216,6 +214,5 @@ class NormActQAT(HoldsNorm, HoldsAct):
         return out
 
     def preactivation_with_ends(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None] | None:
-        own = type(self).preactivation is NormActQAT.preactivation
-        tells = own and not (args or kwargs) and self.wants_ends() and tells_ends(self.bn, input)
+        tells = not (args or kwargs) and self.training and self.wants_ends() and tells_ends(self.bn, input)
         return batch_norm_and_ends(self.bn, input) if tells else None
