@@ -268,7 +268,13 @@ class FakeQuantize(FollowsEngine, QuantState):
     def _traced(self, x: Tensor, bounds: Bounds, ends: Tensor) -> Tensor:
         scale, zero_point, spec = self.scale.reshape(()), self.zero_point.reshape(()), self.spec
         out = traced_fake_quantize(x, scale, zero_point, spec.quant_min, spec.quant_max, self._range_known(), bounds)
-        if self.learns:
+        if not self.learns:
+            return out
+        if ends is not x and operators.are_fast(ends) and self.is_learned_by_kernels:
+            with torch.no_grad():  # its result is of no use; to compilers it is one node, where observing is fifty
+                operators.fake_quantize_activation(ends, self.state, self.scratch, bounds, self.constant, self._grid)
+            self._note_observed()
+        else:
             self.observe(ends, bounds)
         return out
 
