@@ -149,7 +149,7 @@ def page(sets: list[Set]) -> str:
         "",
         "## Models handled",
         "",
-        "torch.fx: `symbolic_trace` takes the model. torch.export: `export` takes it, non-strict or strict (of timm, asked of",
+        "torch.fx: `symbolic_trace` takes the model. torch.export: `export` takes it, non-strict or strict (of timm, asked of"
         " the models that the normal tests run, which hold every timm class with a convolution). eagerq: the plan is"
         " exactly what the operator-level oracle finds. On the untraceable set a graph that does not compute what the model"
         " does is not counted.",

@@ -105,21 +105,6 @@ def test_toggles_reach_the_compiled_module(preset: str) -> None:
         assert_agree(compiled, eager, compiled(x), eager(x))
 
 
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="inductor needs a C compiler")
-def test_inductor_agrees() -> None:
-    row = next(r for r in ROWS if r.name == "ConvBnReLU2d")
-    q = row.to_qat(row.chain(), "onnxruntime")
-    attach_quantizers(row, q, "onnxruntime")
-    compiled, eager = compiled_and_eager(q, "inductor")
-    found, wanted = compiled(row.input(seed=1)), eager(row.input(seed=1))
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)  # no range is known yet
-    x = row.input()
-    found, wanted = compiled(x), eager(x)
-    # another order of float additions may move a value across a rounding boundary: by one code at most, and rarely
-    assert float((found - wanted).abs().max()) <= 1.001 * float(eager.activation_post_process.scale)
-    assert float(((found - wanted).abs() > 1e-5).float().mean()) < 0.01
-
-
 def test_a_whole_model_compiles_whole() -> None:
     model = nn.Sequential(
         nniqat.ConvBnReLU2d(3, 4, 3, padding=1),
@@ -183,6 +168,23 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 in_each_form = pytest.mark.parametrize("form", FORMS, indirect=True)
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="inductor needs a C compiler")
+@in_each_form
+def test_inductor_agrees(form: str) -> None:
+    """Where an operator learns, what the state was before it is read before it."""
+    row = next(r for r in ROWS if r.name == "ConvBnReLU2d")
+    q = row.to_qat(row.chain(), "onnxruntime")
+    attach_quantizers(row, q, "onnxruntime")
+    compiled, eager = compiled_and_eager(q, "inductor")
+    found, wanted = compiled(row.input(seed=1)), eager(row.input(seed=1))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)  # no range is known yet
+    x = row.input()
+    found, wanted = compiled(x), eager(x)
+    # another order of float additions may move a value across a rounding boundary: by one code at most, and rarely
+    assert float((found - wanted).abs().max()) <= 1.001 * float(eager.activation_post_process.scale)
+    assert float(((found - wanted).abs() > 1e-5).float().mean()) < 0.01
 
 
 class Pair:
