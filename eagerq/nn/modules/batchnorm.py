@@ -171,7 +171,7 @@ def tells_ends(norm: nn.Module, x: Tensor) -> bool:
     return learns and x.dim() > 1 and x.numel() > x.shape[1]  # of one value a channel the norm says what is wrong
 
 
-def batch_norm_and_ends(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def batch_norm_and_ends(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     r"""``norm(x)`` in training, and two values of each channel among which are the least and the greatest of the channel.
 
     :math:`y = ((x - \mu) / \sigma)\,\gamma + \beta` is monotone in x, after every rounding too, so the ends of a channel are
@@ -185,18 +185,18 @@ def batch_norm_and_ends(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         y, and the ends, ``(2, C)`` of y's dtype and without a gradient.
     """
-    norm._check_input_dim(x)  # type: ignore[operator]
+    norm._check_input_dim(x)
     if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)  # type: ignore[operator]
+        norm.num_batches_tracked.add_(1)
     weight, bias = norm.weight, norm.bias
     out, mean, inverse = torch.native_batch_norm(
-        x, weight, bias, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps  # type: ignore[arg-type]
+        x, weight, bias, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps
     )
     with torch.no_grad():
         axes = [0, *range(2, x.dim())]
         ends = (torch.stack([x.amin(axes), x.amax(axes)]) - mean) * inverse
-        ends = ends if weight is None else ends * weight  # type: ignore[operator]
-        ends = ends if bias is None else ends + bias  # type: ignore[operator]
+        ends = ends if weight is None else ends * weight
+        ends = ends if bias is None else ends + bias
     return out, ends.detach().to(out.dtype)
 
 
