@@ -175,8 +175,10 @@ class QATBase(FollowsEngine, nn.Module):
         out, ends = found or (self.compute(input, *args, **kwargs), None)
         quantizer = member(self, "activation_post_process")
         if ends is not None:
-            return quantizer.of_activation(out, ends=ends)  # type: ignore[no-any-return]
-        return out if quantizer is None else quantizer(out)  # type: ignore[no-any-return]
+            out = quantizer.of_activation(out, ends=ends)
+        elif quantizer is not None:
+            out = quantizer(out)
+        return out
 
     def compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output before its quantizer."""
