@@ -19,7 +19,7 @@ import pytest
 
 import eagerq
 
-PATH = Path(eagerq.__file__).parent / "quant" / "triton_kernels.py"
+FOLDER = Path(eagerq.__file__).parent / "quant"
 
 
 @functools.cache
@@ -49,16 +49,33 @@ def interpreter() -> Iterator[None]:
 @functools.cache
 def kernels() -> ModuleType:
     """The copy."""
-    spec = importlib.util.spec_from_file_location("interpreted_triton_kernels", PATH)
-    assert spec is not None and spec.loader is not None
-    copy = importlib.util.module_from_spec(spec)
-    with interpreter():
-        spec.loader.exec_module(copy)
-    launch = copy._launch
+    copy: Any = _copied("triton_kernels")
+    copy._launch = _interpreted(copy._launch)
+    return copy  # type: ignore[no-any-return]
 
+
+@functools.cache
+def norms() -> ModuleType:
+    """The copy of the norms' kernels, which are written with those."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "eagerq.quant.triton_kernels", kernels())
+        copy: Any = _copied("triton_norms")
+    copy._Plan.launch = _interpreted(copy._Plan.launch)
+    return copy  # type: ignore[no-any-return]
+
+
+def _interpreted(launch: Any) -> Any:
     def interpreted(*args: Any) -> None:
         with interpreter():
             launch(*args)
 
-    copy._launch = interpreted  # type: ignore[attr-defined]
+    return interpreted
+
+
+def _copied(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"interpreted_{name}", FOLDER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    copy = importlib.util.module_from_spec(spec)
+    with interpreter():
+        spec.loader.exec_module(copy)
     return copy

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from eagerq.quant import FakeQuantize, QuantSpec, operators, plain_kernels
-from eagerq.quant.functional import Bounds, fake_quantize
+from eagerq.quant.functional import Bounds, _first_clipped, fake_quantize
 from eagerq.quant.spec import Grid
 
 #: Triton's interpreter on CPU tensors stands in for its compiler where there is nothing to compile for.
@@ -42,6 +43,7 @@ def kernels(device: str) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         if device == "interpreter":
             patch.setattr(operators, "_triton", interpreted.kernels)
+            patch.setattr(operators, "_triton_norms", interpreted.norms)
         yield "cpu" if device == "interpreter" else device
 
 
@@ -340,6 +342,82 @@ def nudged(x: Tensor, grad: Tensor, flat: list[Tensor], grid: Grid, factor: floa
     return out, b * 4 + gate_passes * 2 + passes
 
 
+normed: Any = st.sampled_from(
+    [(2, 1), (300, 3), (70, 33), (2, 3, 5), (2, 5, 6, 7), (3, 16, 4, 4), (40, 3, 9, 9), (2, 70, 2, 3), (2, 4, 3, 3, 2)]
+)  # fmt: skip
+
+
+@on_each_device
+@given(
+    data=st.data(), grid=grids, bounds=bounds_of, constant=constants, shape=normed, layout=layouts, batches=steps(),
+    affine=st.booleans(), takes=st.sampled_from(["nothing", "ends", "all"]),
+)  # fmt: skip
+def test_a_norms_kernels_are_the_plain_ones(
+    device: str, data: st.DataObject, grid: Grid, bounds: Bounds, constant: float | None, shape: tuple[int, ...], layout: str,
+    batches: list[Any], affine: bool, takes: str,
+) -> None:  # fmt: skip
+    """Statistics within their rounding; of the same statistics the same values, ranges and places where the gradient passes."""
+    dtype, channels = data.draw(st.sampled_from(DTYPES[device])), shape[1]
+    axes = [0, *range(2, len(shape))]
+    with kernels(device) as place:
+        (mine, own), (theirs, other) = ((fresh(grid, None, place), scratch(place)) for _ in range(2))
+        parameters = [torch.randn(channels, device=place) if affine else None for _ in range(2)]
+        running = [torch.zeros(channels, device=place), torch.ones(channels, device=place), torch.tensor(0, device=place)]
+        for i, step in enumerate(batches):
+            x = batch(shape, step, theirs[0], dtype, layout).to(place)
+            learns = takes == "all" or i == 0
+            words = own if learns or takes == "ends" else None
+            before, wanted_running = [t.clone() for t in mine], [t.clone() for t in running]
+            rest = (0.1, 1e-5)
+            out, kept = operators._fast_norm(x, *parameters, *running, *rest, *mine, words, learns, *bounds, constant, *grid)
+            scale, zero, known = before[0].reshape(()), before[1].reshape(()), (before[2] != 0) | (before[3] != 0)
+            assert kept[:3].tolist() == [float(scale), float(zero), float(known)]
+            mean, inverse = kept[plain_kernels.KEPT :].reshape(2, -1)
+            var, wanted_mean = torch.var_mean(x.double(), axes, correction=0)
+            apart = float(x.double().nan_to_num(0.0, 0.0, 0.0).abs().max()) if x.numel() else 0.0
+            alive = wanted_mean.isfinite()  # the rest is lost: NaN here, infinite elsewhere
+            assert not mean[~alive].isfinite().any()
+            torch.testing.assert_close(mean.double()[alive], wanted_mean[alive], rtol=1e-6, atol=1e-6 * apart)
+            slack = 1e-5 * var + 1e-12 * apart**2  # of the variance
+            exact = (var + 1e-5).rsqrt()
+            fine = (inverse - exact).abs() <= 1e-6 * exact + 0.5 * slack * exact**3
+            assert fine[alive].all()
+            n = x.numel() // channels
+            moments = (wanted_mean, 1e-6 * apart), (var * n / (n - 1), 1e-6 * apart**2)
+            for new, old, (moment, atol) in zip(running[:2], wanted_running[:2], moments, strict=True):
+                mixed = 0.1 * moment + 0.9 * old
+                sound = mixed.isfinite()
+                torch.testing.assert_close(new.double()[sound], mixed[sound], rtol=1e-5, atol=atol)
+                assert not new[~sound].isfinite().any()
+            assert int(running[2]) == i + 1
+            # of these statistics, bit for bit
+            a = plain_kernels.normalised(plain_kernels.dense(x), *parameters, mean, inverse)
+            a = a if bounds == (None, None) else a.clamp(*bounds)
+            assert_identical(out, plain_kernels._fake_quantized(a, theirs, grid)[0])
+            if learns:
+                plain_kernels._learn(a, theirs, plain_kernels.state_before(other), constant, grid)
+                assert_learned_alike(mine, own, theirs, other)
+            else:
+                assert_all_identical(mine, theirs)
+                ends = torch.stack(a.aminmax())
+                if words is not None and bool(ends.isfinite().all()):
+                    assert_identical(kept[4:6], ends.float())
+            if words is not None:
+                assert words[:3].tolist() == [0, 0, 0]
+            below, above = _first_clipped(scale, zero, grid.quant_min, grid.quant_max) if known else (-math.inf, math.inf)
+            low, high = (None if b is None else float(torch.tensor(b, dtype=dtype)) for b in bounds)
+            wanted_ends = [below if low is None else max(below, low), above if high is None else min(above, high)]
+            assert kept[6:8].tolist() == wanted_ends
+            grad = torch.randn(x.shape, device=place).to(dtype)
+            ends_of_codes = (grid.quant_min, grid.quant_max)
+            found = operators._fast_norm_gradient(grad, x, *parameters, kept, *bounds, *ends_of_codes)
+            wanted = plain_kernels.norm_activation_gradient(grad, x, *parameters, kept, *bounds, *ends_of_codes)
+            if bool(kept.isfinite().all()):
+                for mine_, theirs_ in zip(found[: 3 if affine else 1], wanted, strict=False):
+                    size = float(theirs_.float().abs().max())
+                    torch.testing.assert_close(mine_, theirs_, rtol=4 * torch.finfo(dtype).eps, atol=1e-5 * size + 1e-30)
+
+
 def test_the_interpreter_leaves_triton_as_it_was() -> None:
     """So that other tests of this process compile."""
     triton = pytest.importorskip("triton")
@@ -530,21 +608,38 @@ def _arguments(layout: str) -> dict[str, tuple[Any, ...]]:
     mask = torch.randint(0, 256, (15,), dtype=torch.uint8)
     used = torch.tensor([0.1, 100.0, 1.0, 0.01, 0.0, 1.0, 0.02, 20.0, 1.0])
     three = [t for _ in range(3) for t in fresh(_GRID)]
-    return {
+    affine = [torch.randn(2), torch.randn(2)]
+    running = [torch.zeros(2), torch.ones(2), torch.tensor(0)]
+    kept = torch.tensor([0.1, 100.0, 1.0, *[0.0] * 5, 0.1, 0.2, 1.0, 0.9])
+    checked = {
         "fake_quantize_activation": (x(), *fresh(_GRID), scratch(), 0.0, 6.0, 0.01, *_GRID, True),
         "fake_quantize_activation that learns nothing": (x().detach(), *fresh(_GRID), None, None, None, None, *_GRID, False),
         "masked_gradient": (x(), mask),
         "fake_quantize_gated": (x(), three, [scratch() for _ in range(3)], True, 0.01, *_GRID),
         "fake_quantize_gated that learns nothing": (x(), three, [], False, None, *_GRID),
         "gated_gradient": (torch.randn(3, 2, 4, 5), x().detach(), used, True, 0, 255),
+        "batch_norm_activation": (x(), *affine, *running, 0.1, 1e-5, *fresh(_GRID), scratch(), True, 0.0, 6.0, 0.01, *_GRID),
+        "batch_norm_activation that keeps ends": (
+            x(), None, None, *running, 0.1, 1e-5, *fresh(_GRID), scratch(), False, None, None, 0.01, *_GRID
+        ),
+        "batch_norm_activation that takes nothing": (
+            x().detach(), *affine, *running[:2], None, 0.1, 1e-5, *fresh(_GRID), None, False, 0.0, None, None, *_GRID
+        ),
+        "batch_norm_activation_gradient": (torch.randn(3, 2, 4, 5), x().detach(), *affine, kept, 0.0, None, 0, 255),
         "fake_quantize_weight": (x(), *fresh(_WEIGHT, 3), *_WEIGHT, torch.float32),
         "fake_quantize_weight in bfloat16": (x(), *fresh(_WEIGHT, 3), *_WEIGHT, torch.bfloat16),
-    }
+    }  # fmt: skip
+    below = {f"{name} below autograd": args for name, args in checked.items() if name in operators._DIFFERENTIABLE}
+    return checked | {name: tuple(t.detach() if isinstance(t, Tensor) else t for t in args) for name, args in below.items()}
+
+
+def _operator(name: str) -> str:
+    return name.split()[0] + (operators.BELOW if name.endswith("below autograd") else "")
 
 
 def test_every_operator_is_checked() -> None:
     names = [line.split("(")[0].split("::")[1] for line in map(str, _schemas())]
-    assert {name.split()[0] for name in _arguments("contiguous")} == set(names)
+    assert {_operator(name) for name in _arguments("contiguous")} == set(names)
 
 
 def _schemas() -> list[Any]:
@@ -555,7 +650,7 @@ def _schemas() -> list[Any]:
 @pytest.mark.parametrize("name", _arguments("contiguous"))
 def test_operators_keep_pytorchs_contract(name: str, layout: str) -> None:
     """Schema, shapes alone, autograd and ahead-of-time dispatch: none of ``opcheck`` is left out."""
-    torch.library.opcheck(getattr(torch.ops.eagerq, name.split()[0]).default, _arguments(layout)[name])
+    torch.library.opcheck(getattr(torch.ops.eagerq, _operator(name)).default, _arguments(layout)[name])
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
@@ -591,7 +686,7 @@ def test_tracers_see_one_operator(mode: Any) -> None:
         kept = [t.clone() for t in args]
         graph = make_fx(function, tracing_mode=mode)(*args)
         called = [node.target for node in graph.graph.nodes if str(node.target).startswith("eagerq")]
-        assert called == [getattr(torch.ops.eagerq, name).default]
+        assert called == [getattr(torch.ops.eagerq, name + operators.BELOW).default]
         assert_all_identical(args, kept)  # tracing teaches nothing
         assert_identical(graph(*args), function(*kept))
         assert_all_identical(args, kept)

@@ -231,23 +231,39 @@ class FakeQuantize(FollowsEngine, QuantState):
         """Of the moving average; None takes the least and greatest of all batches."""
         return None if self.spec.observer == "min_max" else self.spec.averaging_constant
 
-    @property
-    def learns_from_ends(self) -> bool:
-        """Whether the next forward would learn from the least and greatest value of its input, and no more."""
-        learns = self.fake_quant_enabled and self.learns and self._keeps_ends
-        return learns and self.channels is None and not self.memoryless
-
-    def of_activation(self, x: Tensor, bounds: Bounds = (None, None), ends: Tensor | None = None) -> Tensor:
-        """What the forward makes of ``x.clamp(*bounds)``, in one pass; for where ``is_one_pass``.
-
-        Compiled code that found the least and greatest value of x on its way gives a tensor that holds them, ``ends``: what is
-        left is a function of each value, which a compiler fuses with what made x.
-        """
-        if ends is not None:
-            return self._traced(x, bounds, ends)
+    def of_activation(self, x: Tensor, bounds: Bounds = (None, None)) -> Tensor:
+        """What the forward makes of ``x.clamp(*bounds)``, in one pass; for where ``is_one_pass``."""
         if operators.are_fast(x):
             return self._by_kernel(x, bounds)
-        return self._traced(x, bounds, x) if torch.compiler.is_compiling() else self._on_cpu(x, bounds)
+        return self._traced(x, bounds) if torch.compiler.is_compiling() else self._on_cpu(x, bounds)
+
+    def takes_norm(self, x: Tensor) -> bool:
+        """Whether ``of_norm`` serves: kernels of a norm and what follows it, where ends are all that there is to learn."""
+        if not operators.are_fast(x) or (self.learns and not self._keeps_ends):
+            return False
+        return self._buffers["scale"].dtype == torch.float32 and self.is_one_pass(x)  # type: ignore[union-attr]
+
+    def of_norm(self, norm: nn.Module, x: Tensor, bounds: Bounds = (None, None)) -> Tensor:
+        """What the forward makes of ``norm(x).clamp(*bounds)``, in the two passes that the norm takes; for where ``takes_norm``.
+
+        Args:
+            norm: PyTorch's own batch norm, as ``is_plain_norm`` says; its statistics learn.
+        """
+        state, scratch, learns, by_kernel = self.state, None, self.learns, self.is_learned_by_kernels
+        if learns and is_recomputing():
+            state = state_before(self.scratch) if by_kernel else self._before or state
+            learns = False
+        elif learns:
+            scratch = self._buffers["scratch"]
+            if not by_kernel:
+                self._remember()
+        rest = (bounds, self.constant, self._grid)
+        out, kept = operators.batch_norm_activation(x, norm, state, scratch, learns and by_kernel, *rest)
+        if learns and not by_kernel:
+            self.observe(kept[4:6])
+        elif learns:
+            self._note_observed()
+        return out
 
     def _by_kernel(self, x: Tensor, bounds: Bounds) -> Tensor:
         state, scratch, learns, by_kernel = self.state, None, self.learns, self.is_learned_by_kernels
@@ -265,17 +281,11 @@ class FakeQuantize(FollowsEngine, QuantState):
             self._note_observed()
         return out
 
-    def _traced(self, x: Tensor, bounds: Bounds, ends: Tensor) -> Tensor:
+    def _traced(self, x: Tensor, bounds: Bounds) -> Tensor:
         scale, zero_point, spec = self.scale.reshape(()), self.zero_point.reshape(()), self.spec
         out = traced_fake_quantize(x, scale, zero_point, spec.quant_min, spec.quant_max, self._range_known(), bounds)
-        if not self.learns:
-            return out
-        if ends is not x and operators.are_fast(ends) and self.is_learned_by_kernels:
-            with torch.no_grad():  # its result is of no use; to compilers it is one node, where observing is fifty
-                operators.fake_quantize_activation(ends, self.state, self.scratch, bounds, self.constant, self._grid)
-            self._note_observed()
-        else:
-            self.observe(ends, bounds)
+        if self.learns:
+            self.observe(x, bounds)
         return out
 
     def _on_cpu(self, x: Tensor, bounds: Bounds) -> Tensor:

@@ -8,6 +8,10 @@ r"""Fake quantization as ``torch.library`` operators that do in one pass what th
 - ``eagerq::masked_gradient``: its backward, which needs no saved activation.
 - ``eagerq::fake_quantize_gated``: SiLU or Hardswish as engines compute it, :math:`Q_y(Q_x(x)\, Q_g(g(Q_x(x))))`, with its three
   quantizers; its backward ``eagerq::gated_gradient`` computes them again from :math:`x`, which the float form keeps too.
+- ``eagerq::batch_norm_activation``: a batch norm in training before all that, in the passes that it takes itself: statistics and
+  the ends of each channel of x, then :math:`\hat a` of :math:`a = \mathrm{clamp}((x - \mu)\,\gamma/\sigma + \beta, low, high)`.
+  A norm is monotone in each channel, after every rounding too, so the ends of its output are images of those of x. Its backward
+  ``eagerq::batch_norm_activation_gradient`` finds :math:`a` again from x, which a norm keeps anyway, and needs no mask.
 - ``eagerq::fake_quantize_weight``: range, scale and fake quantization of a weight by its own range, a scale for each of its
   outermost channels, in the dtype asked for. It never clips, so the gradient passes whole.
 
@@ -34,24 +38,45 @@ from eagerq.quant.spec import Grid
 _GRID = "int quant_min, int quant_max, int levels, int fixed_zero_point, bool symmetric, bool power_of_two"
 _STATE = "Tensor(a!) scale, Tensor(b!) zero_point, Tensor(c!) min_val, Tensor(d!) max_val"
 
+_SCHEMAS = {
+    "fake_quantize_activation": f"(Tensor x, {_STATE}, Tensor(e!)? scratch, float? low, float? high, float? constant, {_GRID},"
+    " bool needs_mask) -> (Tensor, Tensor)",
+    "masked_gradient": "(Tensor grad, Tensor mask) -> Tensor",
+    "fake_quantize_gated": f"(Tensor x, Tensor(a!)[] state, Tensor(b!)[] scratch, bool hard, float? constant, {_GRID})"
+    " -> (Tensor, Tensor)",
+    "gated_gradient": "(Tensor grad, Tensor x, Tensor used, bool hard, int quant_min, int quant_max) -> Tensor",
+    "batch_norm_activation": "(Tensor x, Tensor? weight, Tensor? bias, Tensor(f!) running_mean, Tensor(g!) running_var,"
+    f" Tensor(h!)? batches, float momentum, float eps, {_STATE}, Tensor(e!)? scratch, bool learns, float? low, float? high,"
+    f" float? constant, {_GRID}) -> (Tensor, Tensor)",
+    "batch_norm_activation_gradient": "(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor kept, float? low,"
+    " float? high, int quant_min, int quant_max) -> (Tensor, Tensor, Tensor)",
+    "fake_quantize_weight": f"(Tensor weight, {_STATE}, {_GRID}, ScalarType dtype) -> Tensor",
+}
+#: Behind the name of an operator with a gradient, the same without one: what compiled code holds, since for the first PyTorch's
+#: dispatcher would enter Python twice.
+BELOW = "_below_autograd"
+_DIFFERENTIABLE = (
+    "fake_quantize_activation", "masked_gradient", "fake_quantize_gated", "batch_norm_activation", "fake_quantize_weight"
+)  # fmt: skip
+
 _LIBRARY: Any = torch.library.Library("eagerq", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define(
-    f"fake_quantize_activation(Tensor x, {_STATE}, Tensor(e!)? scratch, float? low, float? high, float? constant, {_GRID},"
-    " bool needs_mask) -> (Tensor, Tensor)"
-)
-_LIBRARY.define("masked_gradient(Tensor grad, Tensor mask) -> Tensor")
-_LIBRARY.define(
-    f"fake_quantize_gated(Tensor x, Tensor(a!)[] state, Tensor(b!)[] scratch, bool hard, float? constant, {_GRID})"
-    " -> (Tensor, Tensor)"
-)
-_LIBRARY.define("gated_gradient(Tensor grad, Tensor x, Tensor used, bool hard, int quant_min, int quant_max) -> Tensor")
-_LIBRARY.define(f"fake_quantize_weight(Tensor weight, {_STATE}, {_GRID}, ScalarType dtype) -> Tensor")
+for _name, _schema in _SCHEMAS.items():
+    _LIBRARY.define(_name + _schema)
+    if _name in _DIFFERENTIABLE:
+        _LIBRARY.define(_name + BELOW + _schema)
 
 _activation = torch.ops.eagerq.fake_quantize_activation.default
+_activation_below = torch.ops.eagerq.fake_quantize_activation_below_autograd.default
 _gradient = torch.ops.eagerq.masked_gradient.default
+_gradient_below = torch.ops.eagerq.masked_gradient_below_autograd.default
 _gated = torch.ops.eagerq.fake_quantize_gated.default
+_gated_below = torch.ops.eagerq.fake_quantize_gated_below_autograd.default
 _gated_gradient = torch.ops.eagerq.gated_gradient.default
 _weight = torch.ops.eagerq.fake_quantize_weight.default
+_weight_below = torch.ops.eagerq.fake_quantize_weight_below_autograd.default
+_norm = torch.ops.eagerq.batch_norm_activation.default
+_norm_below = torch.ops.eagerq.batch_norm_activation_below_autograd.default
+_norm_gradient = torch.ops.eagerq.batch_norm_activation_gradient.default
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -64,6 +89,11 @@ _has_triton = importlib.util.find_spec("triton") is not None
 def _triton() -> ModuleType | None:
     """The kernels, or None where Triton is not installed."""
     return importlib.import_module("eagerq.quant.triton_kernels") if _has_triton else None
+
+
+@functools.cache
+def _triton_norms() -> ModuleType | None:
+    return importlib.import_module("eagerq.quant.triton_norms") if _has_triton else None
 
 
 def are_fast(x: Tensor) -> bool:
@@ -110,6 +140,34 @@ def fake_quantize_gated(
         return out
     out = _gated(x, flat, scratch, hard, constant, *grid)[0]
     return out
+
+
+def batch_norm_activation(
+    x: Tensor, norm: Any, state: State, scratch: Tensor | None, learns: bool, bounds: Bounds, constant: float | None, grid: Grid
+) -> tuple[Tensor, Tensor]:
+    """Batch norm in training, activation, fake quantization and observation; see the module's text.
+
+    Args:
+        x: ``(N, C, *)``, at most 2^31 values a channel, more than one.
+        norm: one of which ``is_plain_norm``; its statistics learn.
+        state, bounds, constant, grid: as of ``fake_quantize_activation``.
+        scratch: the quantizer's ``WORDS``; None takes no range.
+        learns: the state learns from the range.
+
+    Returns:
+        the result, and what was kept, in which, where a range is taken that the state does not learn, 4 and 5 are its ends.
+    """
+    parameters, buffers = norm._parameters, norm._buffers
+    weight, bias = parameters["weight"], parameters["bias"]
+    rest = (
+        buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"], norm.momentum, norm.eps, *state, scratch,
+        learns, *bounds, constant, *grid,
+    )  # fmt: skip
+    if _is_plain(x):
+        found: tuple[Tensor, Tensor] = _Norm.apply(x, weight, bias, rest)  # type: ignore[no-untyped-call]
+        return found
+    found = _norm(x, weight, bias, *rest)
+    return found
 
 
 def fake_quantize_weight(weight: Tensor, state: State, grid: Grid, dtype: torch.dtype) -> Tensor:
@@ -175,6 +233,47 @@ def _fast_gated_gradient(grad: Tensor, x: Tensor, used: Tensor, hard: bool, quan
     return out
 
 
+def _fast_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor, batches: Tensor | None,
+    momentum: float, eps: float, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor, scratch: Tensor | None,
+    learns: bool, low: float | None, high: float | None, constant: float | None, *rest: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    kernels, state = _triton_norms(), (scale, zero_point, min_val, max_val)
+    if kernels is None or x.dtype not in _DTYPES:
+        args: tuple[Any, ...] = (momentum, eps, *state, scratch, learns, low, high, constant, *rest)
+        return plain.norm_activation(x, weight, bias, running_mean, running_var, batches, *args)
+    x = plain.dense(x)
+    if x.dtype != torch.float32:
+        low, high = _held(low, x.dtype), _held(high, x.dtype)
+    out = torch.empty_like(x)
+    kept = torch.empty(plain.KEPT + 2 * x.shape[1], device=x.device)
+    kernels.forward(
+        x, out, kept, weight, bias, running_mean, running_var, batches, momentum, eps, state, scratch, learns, (low, high),
+        constant, Grid(*rest),
+    )  # fmt: skip
+    return out, kept
+
+
+def _fast_norm_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor, low: float | None, high: float | None,
+    quant_min: int, quant_max: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    kernels = _triton_norms()
+    if kernels is None or grad.dtype not in _DTYPES or x.dtype not in _DTYPES:
+        return plain.norm_activation_gradient(grad, x, weight, bias, kept, low, high, quant_min, quant_max)
+    x = plain.dense(x)
+    grad = grad.contiguous(memory_format=memory_format(x))
+    out = torch.empty_like(x, dtype=grad.dtype)
+    of_weight, of_bias = _gradients_of(x, weight, bias)
+    kernels.backward(grad, x, out, of_weight, of_bias, weight, bias, kept)
+    return out, of_weight, of_bias
+
+
+def _gradients_of(x: Tensor, *parameters: Tensor | None) -> list[Tensor]:
+    """Memory of the gradients of a norm's parameters."""
+    return [torch.empty(x.shape[1], dtype=torch.float32 if p is None else p.dtype, device=x.device) for p in parameters]
+
+
 def _fast_gradient(grad: Tensor, mask: Tensor) -> Tensor:
     kernels = _triton()
     if kernels is None or grad.dtype not in _DTYPES:
@@ -208,6 +307,18 @@ def _fake_gated(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 def _fake_gated_gradient(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(plain.dense(x))
+
+
+def _fake_norm(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    kept = torch.empty(plain.KEPT + 2 * x.shape[1], dtype=torch.float32, device=x.device)
+    return torch.empty_like(plain.dense(x)), kept
+
+
+def _fake_norm_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    of_weight, of_bias = _gradients_of(x, weight, bias)
+    return torch.empty_like(plain.dense(x), dtype=grad.dtype), of_weight, of_bias
 
 
 def _fake_gradient(grad: Tensor, mask: Tensor) -> Tensor:
@@ -250,7 +361,7 @@ def _traced_gradient(grad: Tensor, mask: Tensor, format: torch.memory_format) ->
 class _Activation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        out, mask = _below(x, _activation, _fast_activation, *rest)
+        out, mask = _below(x, _activation_below, _fast_activation, *rest)
         ctx.save_for_backward(mask)
         ctx.mark_non_differentiable(mask)
         ctx.set_materialize_grads(False)
@@ -273,7 +384,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, rest: tuple[Tensor]) -> Tensor:
-        out: Tensor = _below(grad, _gradient, _fast_gradient, *rest)
+        out: Tensor = _below(grad, _gradient_below, _fast_gradient, *rest)
         ctx.save_for_backward(*rest)
         ctx.format = memory_format(out)
         return out
@@ -286,7 +397,7 @@ class _Gradient(torch.autograd.Function):
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        out, used = _below(x, _gated, _fast_gated, *rest)
+        out, used = _below(x, _gated_below, _fast_gated, *rest)
         ctx.save_for_backward(x, used)
         ctx.mark_non_differentiable(used)
         ctx.set_materialize_grads(False)
@@ -302,10 +413,30 @@ class _Gated(torch.autograd.Function):
         return gradient(grad, *ctx.saved_tensors, *ctx.arguments), None
 
 
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = _below(x, _norm_below, _fast_norm, weight, bias, *rest)
+        ctx.save_for_backward(x, weight, bias, found[1])
+        ctx.mark_non_differentiable(found[1])
+        ctx.set_materialize_grads(False)
+        low, high, _, quant_min, quant_max, *_ = rest[11:]
+        ctx.arguments = low, high, quant_min, quant_max
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if grad is None:
+            return None, None, None, None
+        gradient: Any = _fast_norm_gradient if not torch.is_grad_enabled() and _is_plain(grad) else _norm_gradient
+        out, of_weight, of_bias = gradient(grad, *ctx.saved_tensors, *ctx.arguments)
+        return out, of_weight if ctx.needs_input_grad[1] else None, of_bias if ctx.needs_input_grad[2] else None, None
+
+
 class _Weight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, rest: tuple[Any, ...]) -> Tensor:
-        out: Tensor = _below(weight, _weight, _fast_weight, *rest)
+        out: Tensor = _below(weight, _weight_below, _fast_weight, *rest)
         ctx.dtype = weight.dtype
         return out
 
@@ -315,6 +446,8 @@ class _Weight(torch.autograd.Function):
 
 
 def _autograd(function: Any) -> Any:
+    if function is _Norm:
+        return lambda x, weight, bias, *rest: function.apply(x, weight, bias, rest)
     return lambda x, *rest: function.apply(x, rest)
 
 
@@ -323,10 +456,13 @@ for _name, _function, _plain, _fast, _fake in (
     ("masked_gradient", _Gradient, plain.masked_gradient, _fast_gradient, _fake_gradient),
     ("fake_quantize_gated", _Gated, plain.gated, _fast_gated, _fake_gated),
     ("gated_gradient", None, plain.gated_gradient, _fast_gated_gradient, _fake_gated_gradient),
+    ("batch_norm_activation", _Norm, plain.norm_activation, _fast_norm, _fake_norm),
+    ("batch_norm_activation_gradient", None, plain.norm_activation_gradient, _fast_norm_gradient, _fake_norm_gradient),
     ("fake_quantize_weight", _Weight, plain.weight_by_its_range, _fast_weight, _fake_weight),
 ):
-    _LIBRARY.impl(_name, _plain, "CompositeExplicitAutograd")
-    _LIBRARY.impl(_name, _fast, "CUDA")
-    if _function is not None:  # a gradient of the gated form's gradient is not defined, and PyTorch says so
+    for _each in (_name, _name + BELOW) if _name in _DIFFERENTIABLE else (_name,):
+        _LIBRARY.impl(_each, _plain, "CompositeExplicitAutograd")
+        _LIBRARY.impl(_each, _fast, "CUDA")
+        torch.library.register_fake(f"eagerq::{_each}", _fake, lib=_LIBRARY)
+    if _function is not None:  # a gradient of the other gradients is not defined, and PyTorch says so
         _LIBRARY.impl(_name, _autograd(_function), "Autograd")
-    torch.library.register_fake(f"eagerq::{_name}", _fake, lib=_LIBRARY)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eagerq.quant.functional import dequantize, quantization_params, quantize
+from eagerq.quant.functional import computing_dtype, dequantize, quantization_params, quantize
 from eagerq.quant.observer import merged_range
 from eagerq.quant.spec import Grid
 
@@ -19,6 +19,9 @@ State = tuple[Tensor, Tensor, Tensor, Tensor]
 #: Words of scratch memory of a quantizer, int32 and zero at first: what the programs of one launch share (the batch's range,
 #: how many are done), and the state that the launch found.
 WORDS = 7
+#: Where a norm's statistics begin in what its forward keeps: before them are scale, zero point, whether a range was known, at 4
+#: the ends of the batch, and at 6, where a kernel wrote it, between which values the gradient passes.
+KEPT = 8
 
 
 def state_before(scratch: Tensor) -> State:
@@ -112,7 +115,10 @@ def _states(flat: list[Tensor]) -> list[State]:
 
 
 def _gate(x: Tensor, hard: bool) -> Tensor:
-    return torch.nn.functional.hardsigmoid(x) if hard else torch.sigmoid(x)
+    if not hard:
+        return torch.sigmoid(x)
+    wide = (x.to(computing_dtype(x.dtype)) + 3).clamp_(0, 6)
+    return wide.div_(torch.full_like(wide, 6)).to(x.dtype)  # by a tensor: CUDA's hard sigmoid multiplies by a sixth
 
 
 def gated(
@@ -146,6 +152,66 @@ def gated_gradient(grad: Tensor, x: Tensor, used: Tensor, hard: bool, quant_min:
     slope = torch.where((wide > -3) & (wide < 3), 1 / 6, 0.0) if hard else fine * (1 - fine)
     slope = b.float() + torch.where(gate_passes, wide * slope, 0.0)
     return torch.where(passes & y_passes, grad.float() * slope, 0.0).to(grad.dtype)
+
+
+def _along_channels(values: Tensor, x: Tensor) -> Tensor:
+    return values.reshape(1, -1, *[1] * (x.dim() - 2))
+
+
+def normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, inverse: Tensor) -> Tensor:
+    """What a batch norm makes of x with these statistics, ``(C,)``, rounded as its own tensor is: monotone in x."""
+    factor = inverse if weight is None else inverse * weight.float()
+    y = (x.float() - _along_channels(mean, x)) * _along_channels(factor, x)
+    return (y if bias is None else y + _along_channels(bias.float(), x)).to(x.dtype)
+
+
+def norm_activation(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor, batches: Tensor | None,
+    momentum: float, eps: float, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor, scratch: Tensor | None,
+    learns: bool, low: float | None, high: float | None, constant: float | None, *rest: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    state, grid = (scale, zero_point, min_val, max_val), Grid(*rest)
+    x = dense(x)
+    axes = [0, *range(2, x.dim())]
+    var, mean = torch.var_mean(x.float(), axes, correction=0)
+    n = x.numel() // x.shape[1]
+    for running, found in ((running_mean, mean), (running_var, var * (n / (n - 1)))):
+        running.copy_(found * momentum + (1.0 - momentum) * running.float())
+    if batches is not None:
+        batches.add_(1)
+    inverse = torch.ones_like(var) / torch.sqrt(var + eps)
+    a = normalised(x, weight, bias, mean, inverse)
+    a = a if low is None and high is None else a.clamp(low, high)
+    used = torch.stack([scale.reshape(()), zero_point.reshape(()).float(), ((min_val != 0) | (max_val != 0)).float()])
+    kept = torch.cat([used, used.new_zeros(KEPT - 3), mean, inverse])
+    out, _ = _fake_quantized(a, state, grid)
+    if scratch is not None and learns:
+        _learn(a, state, state_before(scratch), constant, grid)
+    elif scratch is not None:
+        kept[4:6] = torch.stack(a.aminmax())
+    return out, kept
+
+
+def norm_activation_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor, low: float | None, high: float | None,
+    quant_min: int, quant_max: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x = dense(x)
+    (scale, zero, known), (mean, inverse) = kept[:3], kept[KEPT:].reshape(2, -1)
+    y = normalised(x, weight, bias, mean, inverse)
+    a = y if low is None and high is None else y.clamp(low, high)
+    _, passes = _fake_quantized(a, (scale, zero, known, known), Grid(quant_min, quant_max, 0, 0, False, False))
+    for bound, inside in ((low, torch.gt), (high, torch.lt)):
+        if bound is not None:
+            passes = passes & inside(y, bound)
+    passed = torch.where(passes, grad.float(), 0.0)
+    apart = (x.float() - _along_channels(mean, x)) * _along_channels(inverse, x)
+    axes, n = [0, *range(2, x.dim())], x.numel() // x.shape[1]
+    total, products = passed.sum(axes), (passed * apart).sum(axes)
+    factor = inverse if weight is None else inverse * weight.float()
+    out = passed - _along_channels(total / n, x) - apart * _along_channels(products / n, x)
+    kinds = (torch.float32, torch.float32) if weight is None or bias is None else (weight.dtype, bias.dtype)
+    return (out * _along_channels(factor, x)).to(grad.dtype), products.to(kinds[0]), total.to(kinds[1])
 
 
 def masked_gradient(grad: Tensor, mask: Tensor) -> Tensor:

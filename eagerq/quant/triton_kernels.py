@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -156,8 +157,8 @@ def _greatest(x):
 def _give(scratch_ptr, low, high):
     """Hand a program's range to the others, in words that are zero between launches."""
     words = scratch_ptr.to(tl.pointer_type(tl.uint32))
-    tl.atomic_max(words, _key(-_least(low)))
-    tl.atomic_max(words + 1, _key(_greatest(high)))
+    tl.atomic_max(words, _key(-_least(low)), sem="relaxed")
+    tl.atomic_max(words + 1, _key(_greatest(high)), sem="relaxed")
 
 
 @triton.jit
@@ -167,8 +168,8 @@ def _learn(
     SYMMETRIC: tl.constexpr, POWER_OF_TWO: tl.constexpr, MIN_MAX: tl.constexpr,
 ):  # fmt: skip
     """Keep the state, then let it learn the range that the programs gave; for the last program alone."""
-    low = -_value(tl.atomic_xchg(scratch_ptr, 0).to(tl.uint32, bitcast=True))
-    high = _value(tl.atomic_xchg(scratch_ptr + 1, 0).to(tl.uint32, bitcast=True))
+    low = -_value(tl.atomic_xchg(scratch_ptr, 0, sem="relaxed").to(tl.uint32, bitcast=True))
+    high = _value(tl.atomic_xchg(scratch_ptr + 1, 0, sem="relaxed").to(tl.uint32, bitcast=True))
     tl.store(scratch_ptr + 3, scale.to(tl.int32, bitcast=True))
     tl.store(scratch_ptr + 4, zero.to(tl.int32))
     tl.store(scratch_ptr + 5, least.to(tl.int32, bitcast=True))
@@ -436,25 +437,49 @@ def _interprets() -> bool:
     return not isinstance(_code, triton.runtime.JITFunction)
 
 
-def _launch(kernel: Any, programs: int, args: tuple[Any, ...], n: int, constants: tuple[Any, ...], warps: int) -> None:
-    """``kernel`` by ``args`` and its compile-time ``constants``, in the order of its parameters.
+#: Triton asks the driver about each tensor that it is given, and nothing about addresses.
+address: Any = Tensor.data_ptr
+
+
+def _launch(
+    kernel: Any, programs: int, tensors: tuple[Tensor, ...], scalars: tuple[float, ...], n: int, constants: tuple[Any, ...],
+    warps: int,
+) -> None:  # fmt: skip
+    """``kernel`` by its arguments and its compile-time ``constants``, in the order of its parameters.
 
     Triton looks a compiled kernel up by all its arguments, which takes longer than a small kernel runs. Here what decides is
     looked up: the constants, the device, the dtypes of the large tensors, which come first, and whether their addresses and
     ``n``, the one integer among the arguments, divide by 16. Pointers to one value are not specialized on.
     """
-    first, second = args[0], args[1]
+    first, second = tensors[0], tensors[1]
     device = first.get_device()
     with _on(device) if device != _current(first) else contextlib.nullcontext():  # Triton launches on the current device
-        aligned = not (first.data_ptr() | second.data_ptr() | args[2].data_ptr()) & 15
-        key = (kernel, device, constants, warps, first.dtype, second.dtype, aligned, n & 15 == 0, n == 1, n >> 31)
+        addresses = [*map(address, tensors)]
+        aligned = not (addresses[0] | addresses[1] | addresses[2]) & 15
+        # of the kernel its number: Triton hashes its text
+        key = (id(kernel), device, constants, warps, first.dtype, second.dtype, aligned, n & 15 == 0, n == 1, n >> 31)
         compiled = _COMPILED.get(key)
         if compiled is None:
-            _COMPILED[key] = kernel[(programs,)](*args, *constants, num_warps=warps, enable_fp_fusion=False)
+            made = kernel[(programs,)](*tensors, *scalars, *constants, num_warps=warps, enable_fp_fusion=False)
+            _COMPILED[key] = made and (made.run, made.function, made.packed_metadata)  # an interpreter gives None
         else:
+            run, function, metadata = compiled
             stream = torch._C._cuda_getCurrentRawStream(device)
-            function, metadata = compiled.function, compiled.packed_metadata
-            compiled.run(programs, 1, 1, stream, function, metadata, None, None, None, *args, *constants)
+            run(programs, 1, 1, stream, function, metadata, None, None, None, *addresses, *scalars, *constants)
+
+
+@contextlib.contextmanager
+def _moved(device: int) -> Iterator[int]:
+    with torch.cuda.device(device):
+        yield torch._C._cuda_getCurrentRawStream(device)
+
+
+def device_of(x: Tensor) -> Any:
+    """A context in which Triton launches where x lies; it gives the stream."""
+    device = x.get_device()
+    if device != _current(x):
+        return _moved(device)
+    return contextlib.nullcontext(torch._C._cuda_getCurrentRawStream(device) if x.is_cuda else 0)
 
 
 def _on(device: int) -> Any:
@@ -465,11 +490,15 @@ def _current(x: Tensor) -> int:
     return torch.cuda.current_device() if x.is_cuda else -1
 
 
-def _programs(x: Tensor, n: int, block: int) -> int:
+def _processors(x: Tensor) -> int:
     index = x.get_device()
     if index not in _PROCESSORS:
         _PROCESSORS[index] = torch.cuda.get_device_properties(index).multi_processor_count if x.is_cuda else 1
-    return min(-(-n // block), _PROCESSORS[index] * _WAVES)
+    return _PROCESSORS[index]
+
+
+def _programs(x: Tensor, n: int, block: int) -> int:
+    return min(-(-n // block), _processors(x) * _WAVES)
 
 
 def activation_forward(
@@ -482,7 +511,7 @@ def activation_forward(
         state = (scale, zero_point, min_val, max_val, scale if scratch is None else scratch)
         ends = (low or 0.0, high or 0.0, constant or 0.0)
         _launch(
-            _activation_forward, _programs(x, n, _BLOCK), (x, out, out if mask is None else mask, *state, n, *ends), n,
+            _activation_forward, _programs(x, n, _BLOCK), (x, out, out if mask is None else mask, *state), (n, *ends), n,
             (low is not None, high is not None, scratch is not None, mask is not None, *grid, constant is None,
              n % _BLOCK == 0, not _interprets(), _BLOCK), _WARPS,
         )  # fmt: skip
@@ -492,7 +521,7 @@ def masked_gradient(grad: Tensor, mask: Tensor, out: Tensor) -> None:
     """Launch: ``out`` is ``grad`` where the mask's bit is set, else zero; both lie in memory alike."""
     n = grad.numel()
     if n:
-        _launch(_masked_gradient, _programs(grad, n, _BLOCK), (grad, mask, out, n), n, (n % _BLOCK == 0, _BLOCK), _WARPS)
+        _launch(_masked_gradient, _programs(grad, n, _BLOCK), (grad, mask, out), (n,), n, (n % _BLOCK == 0, _BLOCK), _WARPS)
 
 
 def gated_forward(
@@ -505,7 +534,7 @@ def gated_forward(
         block = _BLOCK // 2
         _launch(
             _gated_forward, _programs(x, n, block),
-            (x, out, used, *(scratch or [used] * 3), *state, n, constant or 0.0), n,
+            (x, out, used, *(scratch or [used] * 3), *state), (n, constant or 0.0), n,
             (hard, bool(scratch), *grid, constant is None, n % block == 0, not _interprets(), block), 4,
         )  # fmt: skip
 
@@ -516,7 +545,7 @@ def gated_backward(grad: Tensor, x: Tensor, out: Tensor, used: Tensor, hard: boo
     if n:
         block = _BLOCK // 2
         _launch(
-            _gated_backward, _programs(x, n, block), (grad, x, out, used, n), n,
+            _gated_backward, _programs(x, n, block), (grad, x, out, used), (n,), n,
             (hard, quant_min, quant_max, n % block == 0, not _interprets(), block), 4,
         )  # fmt: skip
 
@@ -530,6 +559,6 @@ def weight_forward(
     if length:
         block = min(4096, triton.next_power_of_2(length))
         _launch(
-            _weight_forward, channels, (weight, out, scale, zero_point, min_val, max_val, length), length,
+            _weight_forward, channels, (weight, out, scale, zero_point, min_val, max_val), (length,), length,
             (*grid, not _interprets(), block), 8 if block > 1024 else 4 if block > 256 else 1,
         )  # fmt: skip

@@ -159,45 +159,21 @@ def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
     return scale, shift
 
 
-def tells_ends(norm: nn.Module, x: Tensor) -> bool:
-    """Whether ``batch_norm_and_ends`` computes what ``norm(x)`` does: PyTorch's own batch norms, where they learn."""
-    if type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) or is_hooked(norm):
+#: The axes of what PyTorch's own norms take.
+_AXES: dict[type[nn.Module], tuple[int, ...]] = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+
+
+def is_plain_norm(norm: nn.Module, x: Tensor) -> bool:
+    """Whether ``norm(x)`` is what PyTorch's own batch norms compute where they learn, and no more."""
+    if x.dim() not in _AXES.get(type(norm), ()) or is_hooked(norm):
         return False
-    if x.device.type == "cpu" and x.dtype not in (torch.float32, torch.float64):
-        return False  # compiled for CPUs, the mean comes back rounded to half precision
     if "forward" in norm.__dict__:  # somebody's own, on this one alone
         return False
+    parameters = norm._parameters
+    whole = (parameters.get("weight") is None) == (parameters.get("bias") is None) and len(parameters) == 2
     learns = norm.training and bool(norm.track_running_stats) and is_foldable(norm) and norm.momentum is not None
-    return learns and x.dim() > 1 and x.numel() > x.shape[1]  # of one value a channel the norm says what is wrong
-
-
-def batch_norm_and_ends(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    r"""``norm(x)`` in training, and two values of each channel among which are the least and the greatest of the channel.
-
-    :math:`y = ((x - \mu) / \sigma)\,\gamma + \beta` is monotone in x, after every rounding too, so the ends of a channel are
-    images of the ends of x. The mean, the variance and the ends of x are reductions of one tensor along the same axes: a
-    compiler finds them in one pass, and looks at y no more.
-
-    Args:
-        norm: one of those of which ``tells_ends``.
-        x: ``(N, C, *)``.
-
-    Returns:
-        y, and the ends, ``(2, C)`` of y's dtype and without a gradient.
-    """
-    norm._check_input_dim(x)
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-    weight, bias = norm.weight, norm.bias
-    out, mean, inverse = torch.native_batch_norm(
-        x, weight, bias, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps
-    )
-    with torch.no_grad():
-        axes = [0, *range(2, x.dim())]
-        ends = (torch.stack([x.amin(axes), x.amax(axes)]) - mean) * inverse
-        ends = ends if weight is None else ends * weight
-        ends = ends if bias is None else ends + bias
-    return out, ends.detach().to(out.dtype)
+    # of one value a channel the norm says what is wrong
+    return whole and learns and x.shape[1] == norm.num_features and x.shape[1] < x.numel() < 2**31 * x.shape[1]
 
 
 class HoldsNorm(nn.Module):

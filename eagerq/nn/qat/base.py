@@ -13,9 +13,10 @@ from eagerq.errors import ModelError, StateError
 from eagerq.nn.integer import codes_of, integer_map
 from eagerq.nn.intrinsic.fused import Fused, type_name
 from eagerq.nn.modules.activation import is_hooked
-from eagerq.nn.modules.batchnorm import HoldsNorm
+from eagerq.nn.modules.batchnorm import HoldsNorm, is_plain_norm
 from eagerq.nn.modules.hooks import POST_HOOKS, PRE_HOOKS, release_hooks, share_hooks
 from eagerq.nn.modules.ops import Op
+from eagerq.quant import operators
 from eagerq.quant.code_values import Coded
 from eagerq.quant.engine import FollowsEngine
 from eagerq.quant.fake_quantize import FakeQuantize
@@ -81,16 +82,10 @@ def on_sums(bias: Tensor | None, bias_scale: Tensor | None, x: Coded, weight_sca
     return bias if torch.allclose(bias_scale.float(), unit, rtol=1e-6, atol=0.0) else None
 
 
-def activated(
-    act: Callable[[Tensor], Tensor],
-    bounds: Bounds | None,
-    quantizer: nn.Module | None,
-    x: Tensor,
-    ends: Tensor | None = None,
-) -> Tensor:
+def activated(act: Callable[[Tensor], Tensor], bounds: Bounds | None, quantizer: nn.Module | None, x: Tensor) -> Tensor:
     """``quantizer(act(x))``; in one pass where ``act`` clamps to ``bounds`` and a kernel serves both."""
     if bounds is not None and type(quantizer) is FakeQuantize and quantizer.is_one_pass(x) and not is_hooked(quantizer):
-        return quantizer.of_activation(x, bounds, ends)
+        return quantizer.of_activation(x, bounds)
     out = act(x)
     return out if quantizer is None else quantizer(out)  # type: ignore[no-any-return]
 
@@ -171,32 +166,29 @@ class QATBase(FollowsEngine, nn.Module):
         quantizes_input = member(self, "input_fake_quant")
         if quantizes_input is not None:
             input = quantizes_input(input)
-        found = self.compute_with_ends(input, *args, **kwargs) if torch.compiler.is_compiling() else None
-        out, ends = found or (self.compute(input, *args, **kwargs), None)
         quantizer = member(self, "activation_post_process")
-        if ends is not None:
-            out = quantizer.of_activation(out, ends=ends)
-        elif quantizer is not None:
-            out = quantizer(out)
-        return out
+        before = self.before_norm(input, *args, **kwargs) if self.asks_kernels(input, quantizer) else None
+        if before is None:
+            out = self.compute(input, *args, **kwargs)
+        elif is_plain_norm(*before) and quantizer.takes_norm(before[1]):
+            return quantizer.of_norm(*before)  # type: ignore[no-any-return]
+        else:
+            out = before[0](before[1])
+        return out if quantizer is None else quantizer(out)  # type: ignore[no-any-return]
 
     def compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output before its quantizer."""
         raise NotImplementedError  # pragma: no cover
 
-    def compute_with_ends(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None] | None:
-        """What ``compute`` gives, and a tensor that holds its least and greatest value; None where those take a look at it.
-
-        Asked in compiled code alone, where it saves a pass.
-        """
+    def before_norm(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[nn.Module, Tensor] | None:
+        """The norm that ends what this module computes in training, and what it is given; None where none does."""
         return None
 
-    def wants_ends(self) -> bool:
-        """Whether the output's quantizer can use the least and greatest value of what this library's own methods compute."""
-        quantizer = self.activation_post_process
-        if not self._computes_as_written or any(name in self.__dict__ for name in _COMPUTING):
+    def asks_kernels(self, input: Tensor, quantizer: nn.Module | None) -> bool:
+        """Whether kernels may compute this module's last steps together: on their devices, of this library's own methods."""
+        if not (self.training and type(quantizer) is FakeQuantize and operators.are_fast(input)) or is_hooked(quantizer):
             return False
-        return type(quantizer) is FakeQuantize and not is_hooked(quantizer) and quantizer.learns_from_ends
+        return self._computes_as_written and not any(name in self.__dict__ for name in _COMPUTING)
 
 
 class QATOp(Op, QATBase):

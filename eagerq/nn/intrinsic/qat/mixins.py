@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from eagerq.nn.modules.activation import bounds_of
-from eagerq.nn.modules.batchnorm import HoldsNorm, batch_norm_and_ends, is_foldable, scale_and_shift, tells_ends
+from eagerq.nn.modules.batchnorm import HoldsNorm, is_foldable, is_plain_norm, scale_and_shift
 from eagerq.nn.modules.ops import fold
 from eagerq.nn.qat.base import QATBase, QATOp, activated, member
 from eagerq.nn.qat.split import SplitActivation, split
@@ -80,12 +80,11 @@ class WithBn(HoldsNorm, QATOp):
         self.check_norm_input(input)
         return super().compute(input, *args, **kwargs)
 
-    def compute_with_ends(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None] | None:
-        if not (self.training and self.wants_ends() and self.ends_with_norm()):
+    def before_norm(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[nn.Module, Tensor] | None:
+        if not self.ends_with_norm():
             return None
         self.check_norm_input(input)
-        out = super().train_compute(input, *args, **kwargs)
-        return batch_norm_and_ends(self.bn, out) if tells_ends(self.bn, out) else (self.bn(out), None)
+        return member(self, "bn"), super().train_compute(input, *args, **kwargs)
 
     def ends_with_norm(self) -> bool:
         """Whether the norm is the last that training computes."""
@@ -139,18 +138,18 @@ class HoldsAct(QATBase):
         quantizer = member(self, "activation_post_process")
         if quantizes_input is not None:
             input = quantizes_input(input)
-        found = self.preactivation_with_ends(input, *args, **kwargs) if torch.compiler.is_compiling() else None
-        out, ends = found or (self.preactivation(input, *args, **kwargs), None)
+        bounds = bounds_of(act)
+        asks = bounds is not None and self.asks_kernels(input, quantizer)
+        before = self.before_norm(input, *args, **kwargs) if asks else None
+        if before is None:
+            out = self.preactivation(input, *args, **kwargs)
+        elif is_plain_norm(*before) and quantizer.takes_norm(before[1]):
+            return quantizer.of_norm(*before, bounds)  # type: ignore[no-any-return]
+        else:
+            out = before[0](before[1])
         if type(act) is SplitActivation and (fast := act.in_one_pass(out, quantizer)) is not None:
             return fast
-        return activated(act, bounds_of(act), quantizer, out, ends)
-
-    def preactivation_with_ends(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None] | None:
-        """``preactivation``, and a tensor that holds its least and greatest value; None where those take a look at it."""
-        return None
-
-    def wants_ends(self) -> bool:
-        return super().wants_ends() and bounds_of(self.act) is not None  # of what clamps they are the clamped ends
+        return activated(act, bounds, quantizer, out)
 
     def compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out: Tensor = self.act(self.preactivation(input, *args, **kwargs))
@@ -181,9 +180,6 @@ class WithAct(HoldsAct):
     def preactivation(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return super(HoldsAct, self).compute(input, *args, **kwargs)  # of what stands behind this mixin
 
-    def preactivation_with_ends(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None] | None:
-        return super(HoldsAct, self).compute_with_ends(input, *args, **kwargs)
-
 
 class NormActQAT(HoldsNorm, HoldsAct):
     """A batch norm and an activation with no op before them: float arithmetic, quantized output.
@@ -213,6 +209,5 @@ class NormActQAT(HoldsNorm, HoldsAct):
         out: Tensor = self.bn(input, *args, **kwargs)
         return out
 
-    def preactivation_with_ends(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None] | None:
-        tells = not (args or kwargs) and self.training and self.wants_ends() and tells_ends(self.bn, input)
-        return batch_norm_and_ends(self.bn, input) if tells else None
+    def before_norm(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[nn.Module, Tensor] | None:
+        return None if args or kwargs else (self.bn, input)
