@@ -287,7 +287,12 @@ def test_a_backward_ahead_of_time_agrees(form: str) -> None:
 # --- a norm and what follows it, where kernels serve
 
 
-NORMED = ("ConvBn2d", "ConvBnReLU2d", "ConvBnReLU1d", "LinearBnReLU1d", "ConvTransposeBnReLU2d", "BNReLU2d")
+NORMED = ("ConvBn2d", "ConvBnReLU2d", "ConvBnReLU3d", "LinearBnReLU1d", "ConvTransposeBnReLU2d", "BNReLU2d")
+
+
+def channels_last(x: Tensor) -> Tensor:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.contiguous(memory_format=formats.get(x.dim(), torch.contiguous_format))
 
 
 def graphs(q: Any) -> tuple[Any, Any, list[torch.fx.GraphModule]]:
@@ -316,7 +321,7 @@ def test_a_norm_and_what_follows_it_are_one_operator(name: str, form: str) -> No
     q.activation_post_process = FakeQuantize(QuantSpec())
     compiled, eager, seen = graphs(q)
     for seed in (1, 2, 3):
-        x = row.input(seed=seed)
+        x = channels_last(row.input(seed=seed))
         assert_agree(compiled, eager, step(compiled, x), step(eager, x))
     assert [operators_in(graph) for graph in seen] == [["batch_norm_activation"], ["batch_norm_activation_gradient"]]
 
@@ -406,8 +411,19 @@ def test_what_the_operator_is_not_is_left_to_the_modules(change: Any, form: str)
     change(q)
     compiled, eager, seen = graphs(q)
     for seed in (1, 2):
-        x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+        x = channels_last(torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(seed)))
         assert_agree(compiled, eager, step(compiled, x), step(eager, x))
+    assert not any("batch_norm_activation" in operators_in(graph) for graph in seen)
+
+
+@pytest.mark.parametrize("form", ["operators"], indirect=True)
+def test_channels_that_lie_apart_are_left_to_the_modules(form: str) -> None:
+    torch.manual_seed(0)
+    q = nniqat.ConvBnReLU2d(3, 4, 3)
+    q.activation_post_process = FakeQuantize(QuantSpec())
+    compiled, eager, seen = graphs(q)
+    x = torch.randn(2, 3, 6, 6)
+    assert_agree(compiled, eager, step(compiled, x), step(eager, x))
     assert not any("batch_norm_activation" in operators_in(graph) for graph in seen)
 
 
@@ -416,7 +432,7 @@ def test_an_observer_that_is_off_is_not_taught(form: str) -> None:
     torch.manual_seed(0)
     q = nniqat.ConvBnReLU2d(3, 4, 3)
     q.activation_post_process = quantizer = FakeQuantize(QuantSpec())
-    x = torch.randn(2, 3, 6, 6)
+    x = channels_last(torch.randn(2, 3, 6, 6))
     q(x)
     q.apply(eagerq.disable_observer)
     before = [t.clone() for t in quantizer.state]
@@ -488,7 +504,7 @@ def test_a_users_own_computing_is_done_as_it_is(cls: Any, form: str) -> None:
     q.activation_post_process = FakeQuantize(QuantSpec())
     compiled, eager, seen = graphs(q)
     for seed in (1, 2):
-        x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+        x = channels_last(torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(seed)))
         assert_agree(compiled, eager, step(compiled, x), step(eager, x))
     assert not any("batch_norm_activation" in operators_in(graph) for graph in seen)
 
@@ -501,7 +517,7 @@ def test_a_quantizer_with_a_scale_a_channel_compiles(cls: Any, form: str) -> Non
     q.activation_post_process = FakeQuantize(QuantSpec(), channels=4, axis=1)
     compiled, eager = compiled_and_eager(q)
     for seed in (1, 2):
-        x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+        x = channels_last(torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(seed)))
         assert_agree(compiled, eager, step(compiled, x), step(eager, x))
 
 

@@ -21,7 +21,7 @@ from eagerq.quant.functional import (
     traced_fake_quantize,
 )
 from eagerq.quant.observer import Observer, QuantState, merged_scalars
-from eagerq.quant.plain_kernels import WORDS, State, state_before
+from eagerq.quant.plain_kernels import WORDS, State, has_channels_last, state_before
 from eagerq.quant.spec import QuantSpec
 
 
@@ -238,8 +238,11 @@ class FakeQuantize(FollowsEngine, QuantState):
         return self._traced(x, bounds) if torch.compiler.is_compiling() else self._on_cpu(x, bounds)
 
     def takes_norm(self, x: Tensor) -> bool:
-        """Whether ``of_norm`` serves: kernels of a norm and what follows it, where ends are all that there is to learn."""
-        if not operators.are_fast(x) or (self.learns and not self._keeps_ends):
+        """Whether ``of_norm`` serves: kernels of a norm and what follows it, where ends are all that there is to learn.
+
+        They are made for channels that lie side by side; how fast they read others has not been measured.
+        """
+        if not operators.are_fast(x) or (self.learns and not self._keeps_ends) or not has_channels_last(x):
             return False
         return self._buffers["scale"].dtype == torch.float32 and self.is_one_pass(x)  # type: ignore[union-attr]
 

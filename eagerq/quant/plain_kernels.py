@@ -40,6 +40,12 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def has_channels_last(x: Tensor) -> bool:
+    """Whether the channels of ``(N, C, *)`` lie side by side."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.is_contiguous(memory_format=formats.get(x.dim(), torch.contiguous_format)) and x.dim() in (2, 4, 5)
+
+
 def dense(x: Tensor) -> Tensor:
     """``x`` without gaps in memory; itself if it has none."""
     return x if x.is_contiguous() else x.contiguous(memory_format=memory_format(x))
