@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eagerq.checks import check_model
 from eagerq.conversion import Conversion
@@ -181,6 +181,11 @@ def convert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         return _deployed(target).eval()
 
 
+def _is_finite(weight: Tensor) -> bool:
+    """Whether it holds no NaN, which its ends then are, and no infinity; ``isfinite`` writes three tensors of its size."""
+    return not weight.numel() or bool(torch.isfinite(weight.amin()) & torch.isfinite(weight.amax()))
+
+
 def _deployed(target: nn.Module) -> nn.Module:
     new: dict[nn.Module, nn.Module] = {}
     for name, module in target.named_modules():
@@ -189,7 +194,7 @@ def _deployed(target: nn.Module) -> nn.Module:
                 raise StateError(
                     f"{name} has a norm without running statistics, which cannot be folded; use track_running_stats=True."
                 )
-            if not bool(torch.isfinite(module.weight).all()):
+            if not _is_finite(module.weight):
                 raise StateError(f"{name}.weight was to hold finite values, but holds NaN or infinity; training has diverged.")
             new[module] = QuantizedModule.from_qat(module)
         elif isinstance(module, FakeQuantize) and not module.memoryless:

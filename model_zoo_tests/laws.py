@@ -26,6 +26,11 @@ from .oracle import tensors
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
+#: Of the random numbers that weights take, each from a place of its own, and large ones repeat, since to draw them anew took as
+#: long as two forwards; a prime, so that no two rows or channels of a weight are alike.
+_PERIOD = 1_000_003
+
+
 class _WithoutInit(TorchFunctionMode):
     """While a model is built: large random initialisations, all overwritten afterwards, are left out."""
 
@@ -50,6 +55,7 @@ def randomised(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
 def randomise(model: nn.Module, seed: int = 0) -> None:
     """Overwrite every parameter, and the running statistics of batch norms."""
     generator = torch.Generator().manual_seed(seed)
+    numbers = torch.empty(_PERIOD).uniform_(-1.0, 1.0, generator=generator).repeat(2)
     with torch.no_grad():
         for parameter in model.parameters():
             data = parameter.data
@@ -61,11 +67,22 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
             else:
                 fan_in = max(data[0].numel(), 1)
                 bound = (4.5 / fan_in) ** 0.5
-                data.uniform_(-bound, bound, generator=generator)
+                start = int(torch.randint(_PERIOD, (), generator=generator))
+                _repeat(data, numbers[start : start + min(max(data.numel(), 1), _PERIOD)] * bound)
         for module in model.modules():
             if isinstance(getattr(module, "running_mean", None), Tensor):
                 module.running_mean.uniform_(-0.2, 0.2, generator=generator)
                 module.running_var.uniform_(0.5, 2.0, generator=generator)
+
+
+def _repeat(data: Tensor, numbers: Tensor) -> None:
+    """Fill a tensor with numbers over and over."""
+    flat = data.view(-1) if data.is_contiguous() else torch.empty(data.numel(), dtype=data.dtype)
+    whole = flat.numel() // numbers.numel() * numbers.numel()
+    flat[:whole].view(-1, numbers.numel()).copy_(numbers)
+    flat[whole:].copy_(numbers[: flat.numel() - whole])
+    if not data.is_contiguous():
+        data.copy_(flat.view(data.shape))
 
 
 def run(model: nn.Module, inputs: Inputs, dtype: torch.dtype | None = None, seed: int = 2) -> list[Tensor]:

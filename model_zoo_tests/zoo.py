@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from eagerq import integrations
 
+from . import shapes
 from .laws import TOLERANCE, RefusedInput, broken_laws, randomised
 from .structure import COLUMNS, examine, holding_conv, on_meta, peak_mb
 
@@ -39,7 +40,7 @@ TABLE = Path(__file__).with_name("table.csv")
 QUICK = Path(__file__).with_name("quick.txt")
 RESULTS = ROOT / ".zoo"
 BATCH = 4  # a norm over two values, at one position, has no variance left once they are quantized to the same code
-KEPT_MB = 4000.0  # a process that has held more gives it back
+KEPT_MB = 4000.0  # a process that holds more gives it back
 SIZES = (32, 28, 48, 56, 64, 96, 112, 128, 160, 192, 224, 240, 256, 288, 320, 384, 448, 512)
 
 
@@ -84,12 +85,12 @@ def check_real(name: str, granted_mb: float = math.inf) -> dict[str, Any]:
 
 def small_inputs(name: str) -> Iterator[tuple[dict[str, Any], tuple[int, ...]]]:
     """Options of ``create_model`` and input shapes that the model takes on the meta device, smallest first."""
-    guess = integrations.example_inputs(on_meta(name))
+    model = on_meta(name)
+    guess = integrations.example_inputs(model)
     if not isinstance(guess, Tensor):
         raise TypeError(f"{name}: no example input to begin with")
     full = int(guess.shape[2])
     sizes = [size for size in SIZES if size < full]
-    model = on_meta(name)
     for size in sizes:
         if runs_at(model, (BATCH, guess.shape[1], size, size)):
             yield {}, (BATCH, guess.shape[1], size, size)
@@ -139,12 +140,13 @@ CHECKS: dict[str, Callable[[str, float], dict[str, Any]]] = {"structure": check_
 def checked(kind: str, name: str, granted_mb: float) -> dict[str, Any]:
     """One check in this process: its findings, or the crash it ended in."""
     torch.set_num_threads(1)
+    shapes.remember()
     start = time.perf_counter()
     try:
         found = CHECKS[kind](name, granted_mb)
     except Exception:
         found = {"right": False, "crash": traceback.format_exc(limit=-4)}
-    if peak_mb() > KEPT_MB:
+    if held_mb() > KEPT_MB:
         _give_back_memory()
     return {"kind": kind, "model": name, **found, "seconds": round(time.perf_counter() - start, 2), "peak_mb": round(peak_mb())}
 
@@ -155,8 +157,8 @@ def checked(kind: str, name: str, granted_mb: float) -> dict[str, Any]:
 def fingerprint() -> str:
     """Of everything a result depends on: the code of eagerq and of the checks, and the libraries' versions."""
     digest = hashlib.sha256(f"{torch.__version__} {timm.__version__}".encode())
-    here = Path(__file__).parent
-    for path in sorted([*(ROOT / "eagerq").rglob("*.py"), *(here / f"{n}.py" for n in ("laws", "oracle", "structure", "zoo"))]):
+    own = (Path(__file__).with_name(f"{name}.py") for name in ("laws", "oracle", "shapes", "structure", "zoo"))
+    for path in sorted([*(ROOT / "eagerq").rglob("*.py"), *own]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -248,6 +250,14 @@ def store_alone(task: tuple[str, str], store: Store, done: Callable[[dict[str, A
             result = {"kind": task[0], "model": task[1], "right": False, "crash": "the process was killed"}
     store.add(result)
     done(result)
+
+
+def held_mb() -> float:
+    """What this process holds now; its peak, which stays, would have it map all memory anew for each model after a large one."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    except OSError:  # Linux's alone
+        return peak_mb()
 
 
 def _give_back_memory() -> None:
