@@ -76,7 +76,7 @@ def summary(store: Store, names: list[str], kinds: tuple[str, ...], unfit: list[
             f" {sum('crash' in r for r in found['structure'])} crashes",
             f"torch.fx traces {sum(v['fx'] is not None for v in verdicts)} and disagrees on"
             f" {sum(len(v['fx'] or ()) for v in verdicts)} links",
-            f"planning took at most {max((v['plan_s'] for v in verdicts), default=0):.1f} s and"
+            f"planning took at most {max((v['plan_s'] for v in verdicts), default=0):.1f} s, shapes remembered, and"
             f" {max((v['grown_mb'] for v in verdicts), default=0):.0f} MB more memory",
         ]
         if len(rows) == len(timm.list_models()):

@@ -375,6 +375,35 @@ def test_a_cumulative_average_is_the_norms_own() -> None:
     assert not is_plain_norm(nn.BatchNorm1d(2, momentum=None), torch.ones(3, 2))
 
 
+def _without(name: str) -> Any:
+    def change(norm: nn.Module) -> None:
+        value = norm._buffers.pop(name)
+        norm.__dict__[name] = value
+
+    return change
+
+
+def _with(name: str, value: Any) -> Any:
+    return lambda norm: norm._parameters.__setitem__(name, value) if name in norm._parameters else setattr(norm, name, value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _with("weight", nn.Parameter(torch.ones(6))), _with("weight", nn.Parameter(torch.ones(6)[::2])),
+        _with("bias", None), _with("running_mean", torch.zeros(1).expand(3)), _with("running_var", torch.ones(3, device="meta")),
+        _without("running_mean"), lambda norm: nn.utils.parametrize.register_parametrization(norm, "weight", nn.Identity()),
+    ],
+    ids=["longer", "strided", "no bias", "expanded", "elsewhere", "no buffer", "parametrized"],
+)  # fmt: skip
+def test_what_lies_otherwise_is_the_norms_own(change: Any) -> None:
+    """Kernels read by address alone."""
+    norm, x = nn.BatchNorm2d(3), torch.ones(2, 3, 2, 2)
+    assert is_plain_norm(norm, x)
+    change(norm)
+    assert not is_plain_norm(norm, x)
+
+
 @pytest.mark.parametrize("shape", [(1, 2), (3,), (3, 3), (3, 2, 2, 2)], ids=str)
 def test_of_a_wrong_input_the_norm_says_what_is_wrong(shape: tuple[int, ...]) -> None:
     norm, x = nn.BatchNorm1d(2), torch.ones(shape)
@@ -465,6 +494,14 @@ class _ScaledThenReLU(WithAct, _Scaled):
     """With an activation on top."""
 
 
+class _Wrapped(nniqat.ConvBn2d):
+    """Under the name of what it wraps."""
+
+    @functools.wraps(nniqat.ConvBn2d.compute)
+    def compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return 2 * super().compute(input, *args, **kwargs)
+
+
 class _Moved(nnqat.Conv2d):
     """Before the norm."""
 
@@ -490,7 +527,7 @@ def _patched(cls: Any, name: str, of_norm: bool = False) -> Any:
 
 
 OWN = [
-    _Doubled, _Shifted, _Scaled, _ScaledThenReLU, _MovedThenNorm,
+    _Doubled, _Shifted, _Scaled, _Wrapped, _ScaledThenReLU, _MovedThenNorm,
     _patched(nniqat.ConvBn2d, "compute"), _patched(nniqat.ConvBn2d, "train_compute"),
     _patched(nniqat.ConvBnReLU2d, "preactivation"), _patched(nniqat.ConvBnReLU2d, "forward", of_norm=True),
 ]  # fmt: skip
@@ -507,6 +544,34 @@ def test_a_users_own_computing_is_done_as_it_is(cls: Any, form: str) -> None:
         x = channels_last(torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(seed)))
         assert_agree(compiled, eager, step(compiled, x), step(eager, x))
     assert not any("batch_norm_activation" in operators_in(graph) for graph in seen)
+
+
+@pytest.mark.parametrize("form", ["operators"], indirect=True)
+def test_a_method_put_on_a_class_is_obeyed(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q = nniqat.ConvBn2d(3, 4, 3)
+    q.activation_post_process = FakeQuantize(QuantSpec())
+    x = channels_last(torch.randn(2, 3, 6, 6))
+    assert q.asks_kernels(x, q.activation_post_process)
+    monkeypatch.setattr(nniqat.ConvBn2d, "compute", lambda self, x: 0 * x)
+    assert not q.asks_kernels(x, q.activation_post_process)
+    assert not q(x).any()
+
+
+class _Joined(nnqat.QATBase, converts=nn.Bilinear):
+    """Of several inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._init_quantizers(None)
+
+    def compute(self, input: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.cat(input)
+
+
+def test_an_input_may_be_a_list() -> None:
+    q = _Joined()
+    q.activation_post_process = FakeQuantize(QuantSpec())
+    assert q([torch.ones(2), torch.ones(3)]).shape == (5,)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("cls", [nniqat.ConvBn2d, nniqat.ConvBnReLU2d])

@@ -285,20 +285,23 @@ def assert_close(found: list[dict[str, Tensor]], wanted: list[dict[str, Tensor]]
 def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """CPU tensors take the ways of CUDA tensors, to interpreted kernels; how often each was launched."""
     counts: dict[str, int] = {}
-    kernels = interpreted.kernels()
+    kernels, norms = interpreted.kernels(), interpreted.norms()
 
-    def counted(name: str) -> Any:
-        launch = getattr(kernels, name)
+    def count(module: Any, name: str, as_name: str) -> None:
+        launch = getattr(module, name)
 
         def counting(*args: Any) -> None:
-            counts[name] = counts.get(name, 0) + 1
+            counts[as_name] = counts.get(as_name, 0) + 1
             launch(*args)
 
-        return counting
+        monkeypatch.setattr(module, name, counting)
 
     for name in ("activation_forward", "masked_gradient", "gated_forward", "gated_backward", "weight_forward"):
-        monkeypatch.setattr(kernels, name, counted(name))
+        count(kernels, name, name)
+    for name in ("forward", "backward"):
+        count(norms, name, f"norm_{name}")
     monkeypatch.setattr(operators, "_triton", lambda: kernels)
+    monkeypatch.setattr(operators, "_triton_norms", lambda: norms)
     for of in (operators, split):
         monkeypatch.setattr(of, "are_fast", lambda x: x.dtype in operators._DTYPES)
     monkeypatch.setattr(
@@ -332,13 +335,15 @@ def test_a_net_trains_by_kernels_as_without(qconfig: str, gate: str, launches: d
     assert_close(trained(model), wanted)
     modules = list(model.modules())
     assert launches["activation_forward"] and launches["masked_gradient"]
+    by_ends = QCONFIGS[qconfig] != QCONFIGS["mse"]  # that observer needs more than a kernel learns
+    normed = int(by_ends and model.stem.ends_with_norm())  # the stem's, in the one step in channels last
+    assert launches.get("norm_forward", 0) == launches.get("norm_backward", 0) == normed
     # a kernel for each weight with a scale a channel, in each of three steps
     rows = [m for m in modules if isinstance(m, FakeQuantize) and m.memoryless and m.channels]
     assert launches.get("weight_forward", 0) == 3 * len(rows)
     gated = [m for m in modules if isinstance(m, SplitActivation) and m.gate is not None]
-    by_kernel = QCONFIGS[qconfig] != QCONFIGS["mse"]  # that observer needs more than a kernel learns
-    assert launches.get("gated_backward", 0) == 3 * len(gated) * by_kernel
-    assert launches.get("gated_forward", 0) >= 3 * len(gated) * by_kernel
+    assert launches.get("gated_backward", 0) == 3 * len(gated) * by_ends
+    assert launches.get("gated_forward", 0) >= 3 * len(gated) * by_ends
 
 
 @pytest.mark.parametrize("gate", GATES)

@@ -586,6 +586,46 @@ def test_an_activation_is_differentiated_twice() -> None:
     assert set(second.unique().tolist()) == {0.0, 1.0}
 
 
+@pytest.mark.parametrize("bounds", [(None, None), (0.0, 1.0)])
+def test_a_norm_is_differentiated_twice(bounds: Bounds) -> None:
+    """As the modules one after the other are."""
+    torch.manual_seed(0)
+    grid, norm, start = QuantSpec().grid, torch.nn.BatchNorm2d(3), torch.randn(4, 3, 5, 5)
+    results = []
+    for fused in (True, False):
+        state, x = known(grid, -0.5, 1.5, "cpu"), start.clone().requires_grad_()
+        if fused:
+            out, _ = operators.batch_norm_activation(x, norm, state, None, False, bounds, None, grid)
+        else:
+            y = norm(x)
+            y = y if bounds == (None, None) else torch.nn.functional.hardtanh(y, *bounds)  # type: ignore[arg-type]
+            out = fake_quantize(y, state[0].reshape(()), state[1].reshape(()), grid.quant_min, grid.quant_max)
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        (first,) = torch.autograd.grad((out * weights).sum(), x, create_graph=True)
+        results.append([first, *torch.autograd.grad(first.square().sum(), [x, norm.weight])])
+    for mine, theirs in zip(*results, strict=True):
+        assert theirs.abs().max() > 0
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_kernels_keep_float32_whatever_pytorchs_default_is(dtype: torch.dtype) -> None:
+    grid = QuantSpec().grid
+    x = torch.randn(3, 4, 2, 2)
+    running = [torch.zeros(4), torch.ones(4), torch.tensor(0)]
+    with kernels(DEVICES[0]) as place:
+        moved = [t.to(place) for t in running]
+        args = (None, None, *moved, 0.1, 1e-5, *fresh(grid, None, place), scratch(place), True, 0.0, None, 0.01, *grid)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            _, kept = operators._fast_norm(x.to(place), *args)
+            gradient, *_ = operators._fast_norm_gradient(x.to(place), x.to(place), None, None, kept, 0.0, None, 0, 255)
+        finally:
+            torch.set_default_dtype(before)
+    assert kept.dtype == gradient.dtype == torch.float32
+
+
 def test_a_gated_gradient_has_none_of_its_own_and_pytorch_says_so() -> None:
     grid = QuantSpec().grid
     states: Any = tuple(known(grid, -1.0, 1.0, "cpu") for _ in range(3))

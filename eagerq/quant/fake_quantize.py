@@ -191,10 +191,15 @@ class FakeQuantize(FollowsEngine, QuantState):
             and (self.training or self.profile is None)
             and (
                 torch.compiler.is_compiling()
-                or (operators.are_fast(x) and self._buffers["scale"].dtype == torch.float32)  # type: ignore[union-attr]
+                or (operators.are_fast(x) and self._is_kernels(x))
                 or self._is_fast_on_cpu(x)
             )
         )
+
+    def _is_kernels(self, x: Tensor) -> bool:
+        """Whether the state is what kernels read, where x lies: they are given addresses."""
+        scale: Any = self._buffers["scale"]
+        return scale.dtype == torch.float32 and scale.device == x.device  # type: ignore[no-any-return]
 
     def _is_fast_on_cpu(self, x: Tensor) -> bool:
         if x.device.type != "cpu" or type(x) is not Tensor or x.dtype != self.scale.dtype or not self.is_learned_by_kernels:
@@ -244,7 +249,7 @@ class FakeQuantize(FollowsEngine, QuantState):
         """
         if not operators.are_fast(x) or (self.learns and not self._keeps_ends) or not has_channels_last(x):
             return False
-        return self._buffers["scale"].dtype == torch.float32 and self.is_one_pass(x)  # type: ignore[union-attr]
+        return self._is_kernels(x) and self.is_one_pass(x)
 
     def of_norm(self, norm: nn.Module, x: Tensor, bounds: Bounds = (None, None)) -> Tensor:
         """What the forward makes of ``norm(x).clamp(*bounds)``, in the two passes that the norm takes; for where ``takes_norm``.

@@ -148,7 +148,7 @@ def batch_norm_activation(
     """Batch norm in training, activation, fake quantization and observation; see the module's text.
 
     Args:
-        x: ``(N, C, *)``, at most 2^31 values a channel, more than one.
+        x: ``(N, C, *)``, less than 2^30 values a channel, more than one.
         norm: one of which ``is_plain_norm``; its statistics learn.
         state, bounds, constant, grid: as of ``fake_quantize_activation``.
         scratch: the quantizer's ``WORDS``; None takes no range.
@@ -160,8 +160,8 @@ def batch_norm_activation(
     parameters, buffers = norm._parameters, norm._buffers
     weight, bias = parameters["weight"], parameters["bias"]
     rest = (
-        buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"], norm.momentum, norm.eps, *state, scratch,
-        learns, *bounds, constant, *grid,
+        buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"], float(norm.momentum), float(norm.eps),
+        *state, scratch, learns, *bounds, constant, *grid,
     )  # fmt: skip
     if _is_plain(x):
         found: tuple[Tensor, Tensor] = _Norm.apply(x, weight, bias, rest)  # type: ignore[no-untyped-call]
@@ -218,7 +218,7 @@ def _fast_gated(
     if kernels is None or x.dtype not in _DTYPES:
         return plain.gated(x, state, scratch, hard, constant, *rest)
     x = plain.dense(x)
-    out, used = torch.empty_like(x), torch.empty(9, device=x.device)
+    out, used = torch.empty_like(x), torch.empty(9, dtype=torch.float32, device=x.device)
     kernels.gated_forward(x, out, used, scratch, state, hard, constant, Grid(*rest))
     return out, used
 
@@ -246,7 +246,7 @@ def _fast_norm(
     if x.dtype != torch.float32:
         low, high = _held(low, x.dtype), _held(high, x.dtype)
     out = torch.empty_like(x)
-    kept = torch.empty(plain.KEPT + 2 * x.shape[1], device=x.device)
+    kept = torch.empty(plain.KEPT + 2 * x.shape[1], dtype=torch.float32, device=x.device)
     kernels.forward(
         x, out, kept, weight, bias, running_mean, running_var, batches, momentum, eps, state, scratch, learns, (low, high),
         constant, Grid(*rest),
@@ -421,16 +421,30 @@ class _Norm(torch.autograd.Function):
         ctx.mark_non_differentiable(found[1])
         ctx.set_materialize_grads(False)
         low, high, _, quant_min, quant_max, *_ = rest[11:]
-        ctx.arguments = low, high, quant_min, quant_max
+        ctx.arguments, ctx.eps = (low, high, quant_min, quant_max), rest[4]
         return found
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad is None:
             return None, None, None, None
-        gradient: Any = _fast_norm_gradient if not torch.is_grad_enabled() and _is_plain(grad) else _norm_gradient
+        if torch.is_grad_enabled():  # somebody will differentiate the gradient
+            return *_norms_own_gradient(ctx, grad), None
+        gradient: Any = _fast_norm_gradient if _is_plain(grad) else _norm_gradient
         out, of_weight, of_bias = gradient(grad, *ctx.saved_tensors, *ctx.arguments)
         return out, of_weight if ctx.needs_input_grad[1] else None, of_bias if ctx.needs_input_grad[2] else None, None
+
+
+def _norms_own_gradient(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+    """Of x, weight and bias through PyTorch's norm, which has derivatives of any order."""
+    x, weight, bias, kept = ctx.saved_tensors
+    with torch.no_grad():
+        passes = plain.passes(x, weight, bias, kept, *ctx.arguments)
+    y = torch.nn.functional.batch_norm(x, None, None, weight, bias, True, 0.0, ctx.eps)
+    needs = ctx.needs_input_grad[:3]
+    wanted = [t for t, needed in zip((x, weight, bias), needs, strict=True) if needed]
+    found = iter(torch.autograd.grad(y, wanted, torch.where(passes, grad, 0.0), create_graph=True))
+    return [next(found) if needed else None for needed in needs]
 
 
 class _Weight(torch.autograd.Function):

@@ -198,19 +198,27 @@ def norm_activation(
     return out, kept
 
 
-def norm_activation_gradient(
-    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor, low: float | None, high: float | None,
-    quant_min: int, quant_max: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    x = dense(x)
+def passes(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor, low: float | None, high: float | None, quant_min: int,
+    quant_max: int,
+) -> Tensor:  # fmt: skip
+    """Where a norm's gradient passes: where neither clamp nor clip held its output."""
     (scale, zero, known), (mean, inverse) = kept[:3], kept[KEPT:].reshape(2, -1)
     y = normalised(x, weight, bias, mean, inverse)
     a = y if low is None and high is None else y.clamp(low, high)
-    _, passes = _fake_quantized(a, (scale, zero, known, known), Grid(quant_min, quant_max, 0, 0, False, False))
-    for bound, inside in ((low, torch.gt), (high, torch.lt)):
+    _, inside = _fake_quantized(a, (scale, zero, known, known), Grid(quant_min, quant_max, 0, 0, False, False))
+    for bound, within in ((low, torch.gt), (high, torch.lt)):
         if bound is not None:
-            passes = passes & inside(y, bound)
-    passed = torch.where(passes, grad.float(), 0.0)
+            inside = inside & within(y, bound)
+    return inside
+
+
+def norm_activation_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = dense(x)
+    mean, inverse = kept[KEPT:].reshape(2, -1)
+    passed = torch.where(passes(x, weight, bias, kept, *rest), grad.float(), 0.0)
     apart = (x.float() - _along_channels(mean, x)) * _along_channels(inverse, x)
     axes, n = [0, *range(2, x.dim())], x.numel() // x.shape[1]
     total, products = passed.sum(axes), (passed * apart).sum(axes)

@@ -455,7 +455,7 @@ def _launch(
     device = first.get_device()
     with _on(device) if device != _current(first) else contextlib.nullcontext():  # Triton launches on the current device
         addresses = [*map(address, tensors)]
-        aligned = not (addresses[0] | addresses[1] | addresses[2]) & 15
+        aligned = (addresses[0] & 15, addresses[1] & 15, addresses[2] & 15)
         # of the kernel its number: Triton hashes its text
         key = (id(kernel), device, constants, warps, first.dtype, second.dtype, aligned, n & 15 == 0, n == 1, n >> 31)
         compiled = _COMPILED.get(key)
@@ -509,7 +509,7 @@ def activation_forward(
     n = x.numel()
     if n:
         state = (scale, zero_point, min_val, max_val, scale if scratch is None else scratch)
-        ends = (low or 0.0, high or 0.0, constant or 0.0)
+        ends = (float(low or 0), float(high or 0), float(constant or 0))
         _launch(
             _activation_forward, _programs(x, n, _BLOCK), (x, out, out if mask is None else mask, *state), (n, *ends), n,
             (low is not None, high is not None, scratch is not None, mask is not None, *grid, constant is None,
@@ -534,7 +534,7 @@ def gated_forward(
         block = _BLOCK // 2
         _launch(
             _gated_forward, _programs(x, n, block),
-            (x, out, used, *(scratch or [used] * 3), *state), (n, constant or 0.0), n,
+            (x, out, used, *(scratch or [used] * 3), *state), (n, float(constant or 0)), n,
             (hard, bool(scratch), *grid, constant is None, n % block == 0, not _interprets(), block), 4,
         )  # fmt: skip
 

@@ -401,7 +401,7 @@ _MOST_PLANS = 4096
 
 def _plans(x: Tensor, other: Tensor, sums: tuple[int, int], *key: Any) -> tuple[_Plan, _Plan]:
     """Of the pass that sums and the one that writes."""
-    aligned = not (x.data_ptr() | other.data_ptr()) & 15
+    aligned = (x.data_ptr() & 15, other.data_ptr() & 15)
     key = (x.shape, x.is_contiguous(), x.dtype, other.dtype, x.get_device(), aligned, sums, key)
     plans = _PLANS.get(key)
     if plans is None:
@@ -421,12 +421,12 @@ def forward(
     low, high = bounds
     key = (weight is not None, batches is not None, scratch is not None, learns, low is not None, high is not None)
     rest = (kept if weight is None else weight, kept if bias is None else bias)
-    kinds = (rest[0].dtype, rest[1].dtype, running_mean.dtype, running_var.dtype)
+    kinds = (rest[0].dtype, rest[1].dtype, running_mean.dtype, running_var.dtype, batches is not None and batches.dtype)
     with device_of(x) as stream:
         sums, writes = _plans(x, out, _FORWARD_SUMS, key, kinds, constant is None, grid)
         channels = sums.channels
         low, high = low or 0.0, high or 0.0
-        part = torch.empty(4, sums.parts, channels, device=x.device)
+        part = torch.empty(4, sums.parts, channels, dtype=torch.float32, device=x.device)
         sums.launch(
             _norm_sums, sums.programs, stream, (x, part), (sums.rows, sums.chunk, sums.length, sums.parts, channels),
             sums.layout, _WARPS,
@@ -434,7 +434,7 @@ def forward(
         small = (running_mean, running_var, kept if batches is None else batches, *state, kept if scratch is None else scratch)
         sums.launch(
             _norm_finish, sums.few, stream, (x, part, kept, *rest, *small),
-            (sums.rows, sums.chunk, sums.parts, channels, momentum, eps, low, high, constant or 0.0),
+            (sums.rows, sums.chunk, sums.parts, channels, momentum, eps, low, high, float(constant or 0)),
             (*key, *grid, constant is None, _PARTS, _FEW), 4,
         )  # fmt: skip
         writes.launch(
@@ -445,8 +445,8 @@ def forward(
 
 
 def backward(
-    grad: Tensor, x: Tensor, out: Tensor, grad_weight: Tensor | None, grad_bias: Tensor | None, weight: Tensor | None,
-    bias: Tensor | None, kept: Tensor,
+    grad: Tensor, x: Tensor, out: Tensor, grad_weight: Tensor, grad_bias: Tensor, weight: Tensor | None, bias: Tensor | None,
+    kept: Tensor,
 ) -> None:  # fmt: skip
     """Launch: the gradients of ``forward``; ``grad``, ``x`` and ``out`` lie in memory alike."""
     affine = weight is not None
@@ -454,16 +454,14 @@ def backward(
     with device_of(x) as stream:
         sums, writes = _plans(x, grad, _BACKWARD_SUMS, affine, rest[0].dtype, rest[1].dtype)
         channels = sums.channels
-        part = torch.empty(2 * sums.parts + 2, channels, device=x.device)
+        part = torch.empty(2 * sums.parts + 2, channels, dtype=torch.float32, device=x.device)
         sums.launch(
             _norm_backward_sums, sums.programs, stream,
             (x, grad, part, *rest, kept), (sums.rows, sums.chunk, sums.length, sums.parts, channels),
             (affine, *sums.layout), _WARPS,
         )  # fmt: skip
         sums.launch(
-            _norm_backward_finish, sums.few, stream,
-            (part, part if grad_weight is None else grad_weight, part if grad_bias is None else grad_bias),
-            (sums.parts, channels),
+            _norm_backward_finish, sums.few, stream, (part, grad_weight, grad_bias), (sums.parts, channels),
             (affine, _PARTS, _FEW), 4,
         )  # fmt: skip
         writes.launch(

@@ -169,11 +169,20 @@ def is_plain_norm(norm: nn.Module, x: Tensor) -> bool:
         return False
     if "forward" in norm.__dict__:  # somebody's own, on this one alone
         return False
-    parameters = norm._parameters
-    whole = (parameters.get("weight") is None) == (parameters.get("bias") is None) and len(parameters) == 2
     learns = norm.training and bool(norm.track_running_stats) and is_foldable(norm) and norm.momentum is not None
-    # of one value a channel the norm says what is wrong
-    return whole and learns and x.shape[1] == norm.num_features and x.shape[1] < x.numel() < 2**31 * x.shape[1]
+    if not (learns and x.shape[1] < x.numel() < 2**30 * x.shape[1]):  # of one value a channel the norm says what is wrong
+        return False
+    members = {**norm._parameters, **norm._buffers}
+    held = [members.get(name) for name in ("weight", "bias", "running_mean", "running_var")]
+    if (held[0] is None) != (held[1] is None) or held[2] is None or held[3] is None or "num_batches_tracked" not in members:
+        return False  # one of them is made by other code
+    return all(t is None or _is_plain_vector(t, x) for t in held)
+
+
+def _is_plain_vector(values: Tensor, x: Tensor) -> bool:
+    """Whether kernels may read it by its address: one value for each of x's channels, side by side, where x lies."""
+    plain = type(values) in (Tensor, nn.Parameter) and values.is_contiguous()
+    return plain and values.shape == x.shape[1:2] and values.device == x.device
 
 
 class HoldsNorm(nn.Module):

@@ -104,15 +104,17 @@ class QATBase(FollowsEngine, nn.Module):
     activation_post_process: nn.Module | None
     input_fake_quant: nn.Module | None
 
-    #: That no class of a user's own, however far up, says what is computed.
-    _computes_as_written: ClassVar[bool] = True
+    #: The methods that make the output, if no class of a user's own, however far up, says what is computed.
+    _computing: ClassVar[tuple[Any, ...] | None] = None
 
     def __init_subclass__(cls, converts: type[nn.Module] | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if converts is not None:
             cls._FLOAT_MODULE = converts
         methods = [vars(c)[name] for c in cls.__mro__ for name in _COMPUTING if name in vars(c)]
-        cls._computes_as_written = all(getattr(method, "__module__", None) in _WRITTEN_IN for method in methods)
+        # by where they were written: a wrapper takes on the name and the module of what it wraps
+        written = all(getattr(method, "__globals__", {}).get("__name__") in _WRITTEN_IN for method in methods)
+        cls._computing = tuple(getattr(cls, name, None) for name in _COMPUTING) if written else None
 
     def _init_quantizers(self, qconfig: QConfigLike | None) -> None:
         self.qconfig = get_qconfig("onnxruntime" if qconfig is None else qconfig)
@@ -186,9 +188,13 @@ class QATBase(FollowsEngine, nn.Module):
 
     def asks_kernels(self, input: Tensor, quantizer: nn.Module | None) -> bool:
         """Whether kernels may compute this module's last steps together: on their devices, of this library's own methods."""
-        if not (self.training and type(quantizer) is FakeQuantize and operators.are_fast(input)) or is_hooked(quantizer):
+        if not (self.training and type(quantizer) is FakeQuantize and isinstance(input, Tensor) and operators.are_fast(input)):
             return False
-        return self._computes_as_written and not any(name in self.__dict__ for name in _COMPUTING)
+        own, cls, mine = self._computing, type(self), self.__dict__
+        if own is None or is_hooked(quantizer):
+            return False
+        # none was put in its place since, on the class or on this one alone
+        return all(getattr(cls, n, None) is method and n not in mine for n, method in zip(_COMPUTING, own, strict=True))
 
 
 class QATOp(Op, QATBase):
