@@ -268,7 +268,8 @@ def test_presets_have_the_codes_of_the_float_mode(preset: str) -> None:
     with torch.no_grad():
         qat(x)
     run = assert_same_codes(eagerq.convert(qat.eval()), x)
-    assert bool(run.refused) == bool(int8.refusal()), run.refused
+    asks = preset != "tensorrt"  # whose biases are float, so that its maps are none of integers
+    assert bool(run.refused) == (asks and bool(int8.refusal())), run.refused
 
 
 def viewed(net: Any, x: Tensor) -> Tensor:

@@ -50,9 +50,9 @@ def session(model: str | os.PathLike[str] | bytes, *, optimized: str | None = No
     options = runtime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    options.add_session_config_entry("session.qdqisint8allowed", "1")  # s8 activations stay s8, as on ARM; x64 makes some u8
-    if saturates():
-        options.add_session_config_entry("session.x64quantprecision", "1")
+    # exact sums want weights made u8, which meet no s8 activations: those are made u8 too or stay float; else s8 stays, as on ARM
+    exact = "session.x64quantprecision" if saturates() else "session.qdqisint8allowed"
+    options.add_session_config_entry(exact, "1")
     if optimized is not None:
         options.optimized_model_filepath = optimized
     given = model if isinstance(model, bytes) else os.fspath(model)
