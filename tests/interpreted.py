@@ -49,9 +49,9 @@ def interpreter() -> Iterator[None]:
 @functools.cache
 def kernels() -> ModuleType:
     """The copy."""
-    copy: Any = _copied("triton_kernels")
-    copy._launch = _interpreted(copy._launch)
-    return copy  # type: ignore[no-any-return]
+    copy = _copied("triton_kernels")
+    vars(copy)["_launch"] = _interpreted(copy._launch)
+    return copy
 
 
 @functools.cache
@@ -59,9 +59,9 @@ def norms() -> ModuleType:
     """The copy of the norms' kernels, which are written with those."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "eagerq.quant.triton_kernels", kernels())
-        copy: Any = _copied("triton_norms")
+        copy = _copied("triton_norms")
     copy._Plan.launch = _interpreted(copy._Plan.launch)
-    return copy  # type: ignore[no-any-return]
+    return copy
 
 
 def _interpreted(launch: Any) -> Any:

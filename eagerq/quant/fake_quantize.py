@@ -199,7 +199,7 @@ class FakeQuantize(FollowsEngine, QuantState):
     def _is_kernels(self, x: Tensor) -> bool:
         """Whether the state is what kernels read, where x lies: they are given addresses."""
         scale: Any = self._buffers["scale"]
-        return scale.dtype == torch.float32 and scale.device == x.device  # type: ignore[no-any-return]
+        return bool(scale.dtype == torch.float32 and scale.device == x.device)
 
     def _is_fast_on_cpu(self, x: Tensor) -> bool:
         if x.device.type != "cpu" or type(x) is not Tensor or x.dtype != self.scale.dtype or not self.is_learned_by_kernels:

@@ -452,19 +452,17 @@ def _launch(
     ``n``, the one integer among the arguments, divide by 16. Pointers to one value are not specialized on.
     """
     first, second = tensors[0], tensors[1]
-    device = first.get_device()
-    with _on(device) if device != _current(first) else contextlib.nullcontext():  # Triton launches on the current device
+    with device_of(first) as stream:
         addresses = [*map(address, tensors)]
         aligned = (addresses[0] & 15, addresses[1] & 15, addresses[2] & 15)
         # of the kernel its number: Triton hashes its text
-        key = (id(kernel), device, constants, warps, first.dtype, second.dtype, aligned, n & 15 == 0, n == 1, n >> 31)
+        key = (id(kernel), first.get_device(), constants, warps, first.dtype, second.dtype, aligned, n & 15 == 0, n == 1, n >> 31)
         compiled = _COMPILED.get(key)
         if compiled is None:
             made = kernel[(programs,)](*tensors, *scalars, *constants, num_warps=warps, enable_fp_fusion=False)
             _COMPILED[key] = made and (made.run, made.function, made.packed_metadata)  # an interpreter gives None
         else:
             run, function, metadata = compiled
-            stream = torch._C._cuda_getCurrentRawStream(device)
             run(programs, 1, 1, stream, function, metadata, None, None, None, *addresses, *scalars, *constants)
 
 
@@ -480,10 +478,6 @@ def device_of(x: Tensor) -> Any:
     if device != _current(x):
         return _moved(device)
     return contextlib.nullcontext(torch._C._cuda_getCurrentRawStream(device) if x.is_cuda else 0)
-
-
-def _on(device: int) -> Any:
-    return torch.cuda.device(device)
 
 
 def _current(x: Tensor) -> int:

@@ -150,6 +150,15 @@ def _factor(weight_ptr, bias_ptr, inverse, column, inside, AFFINE: tl.constexpr)
     return inverse, tl.zeros_like(inverse)
 
 
+@triton.jit
+def _statistics(kept_ptr, weight_ptr, bias_ptr, channels, column, inside, AFFINE: tl.constexpr):
+    """What a forward kept of a program's channels, and their affine map."""
+    mean = _values(kept_ptr + KEPT, column, inside)
+    inverse = _values(kept_ptr + KEPT + channels, column, inside)
+    factor, bias = _factor(weight_ptr, bias_ptr, inverse, column, inside, AFFINE)
+    return mean, inverse, factor, bias
+
+
 @triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_SMALL)
 def _norm_finish(
     x_ptr, part_ptr, kept_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, batches_ptr, scale_ptr, zero_ptr,
@@ -246,8 +255,7 @@ def _norm_forward(
     zero = tl.load(kept_ptr + 1)
     known = tl.load(kept_ptr + 2) != 0.0
     reciprocal = tl.math.div_rn(1.0, scale)
-    mean = _values(kept_ptr + KEPT, column, inside)
-    factor, bias = _factor(weight_ptr, bias_ptr, _values(kept_ptr + KEPT + channels, column, inside), column, inside, AFFINE)
+    mean, _inverse, factor, bias = _statistics(kept_ptr, weight_ptr, bias_ptr, channels, column, inside, AFFINE)
     first = part * chunk
     end = tl.minimum(first + chunk, rows)
     lanes = tl.arange(0, BR)
@@ -279,9 +287,7 @@ def _norm_backward_sums(
     inside = column < channels
     below = tl.load(kept_ptr + 6)
     above = tl.load(kept_ptr + 7)
-    mean = _values(kept_ptr + KEPT, column, inside)
-    inverse = _values(kept_ptr + KEPT + channels, column, inside)
-    factor, bias = _factor(weight_ptr, bias_ptr, inverse, column, inside, AFFINE)
+    mean, inverse, factor, bias = _statistics(kept_ptr, weight_ptr, bias_ptr, channels, column, inside, AFFINE)
     first = part * chunk
     end = tl.minimum(first + chunk, rows)
     lanes = tl.arange(0, BR)
@@ -336,9 +342,7 @@ def _norm_backward(
     inside = column < channels
     below = tl.load(kept_ptr + 6)
     above = tl.load(kept_ptr + 7)
-    mean = _values(kept_ptr + KEPT, column, inside)
-    inverse = _values(kept_ptr + KEPT + channels, column, inside)
-    factor, bias = _factor(weight_ptr, bias_ptr, inverse, column, inside, AFFINE)
+    mean, inverse, factor, bias = _statistics(kept_ptr, weight_ptr, bias_ptr, channels, column, inside, AFFINE)
     n = rows.to(tl.float32)
     sum_ptr = part_ptr + 2 * parts.to(tl.int64) * channels
     shift = _values(sum_ptr, column, inside) / n

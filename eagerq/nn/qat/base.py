@@ -170,13 +170,13 @@ class QATBase(FollowsEngine, nn.Module):
             input = quantizes_input(input)
         quantizer = member(self, "activation_post_process")
         before = self.before_norm(input, *args, **kwargs) if self.asks_kernels(input, quantizer) else None
-        if before is None:
-            out = self.compute(input, *args, **kwargs)
-        elif is_plain_norm(*before) and quantizer.takes_norm(before[1]):
-            return quantizer.of_norm(*before)  # type: ignore[no-any-return]
-        else:
-            out = before[0](before[1])
-        return out if quantizer is None else quantizer(out)  # type: ignore[no-any-return]
+        if before is not None and is_plain_norm(*before) and quantizer.takes_norm(before[1]):
+            out: Tensor = quantizer.of_norm(*before)
+            return out
+        out = self.compute(input, *args, **kwargs) if before is None else before[0](before[1])
+        if quantizer is not None:
+            out = quantizer(out)
+        return out
 
     def compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output before its quantizer."""
