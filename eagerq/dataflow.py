@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -110,9 +111,12 @@ def watch_copy(
         if mode != copied.training:
             copied.train(mode)
         seen: list[Trace] = []
+        # who evaluates does so without gradients, and a forward may ask; where train mode is not watched, eval mode shows the
+        # model's own no_grad
+        alone = not mode and True not in modes
         try:
             for run in runs:
-                seen.append(_watched(copied, run, "meta" if on_meta else None, is_leaf, parameters if mode else [], foreign))
+                seen.append(_watched(copied, run, "meta" if on_meta else None, is_leaf, parameters, mode, alone, foreign))
             traces += seen
         except ModelError:
             raise
@@ -125,32 +129,46 @@ def watch_copy(
     return tuple(traces), failures
 
 
+@contextlib.contextmanager
+def _learning(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Parameters record gradients meanwhile."""
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+
+
 def _watched(
     model: nn.Module,
     run: Inputs,
     device: str | None,
     is_leaf: Callable[[nn.Module], bool],
     parameters: Sequence[nn.Parameter],
+    training: bool,
+    alone: bool,
     foreign: Mapping[int, str],
 ) -> Trace:
-    """One trace; with ``parameters`` that record gradients, so that models take their activation checkpoints.
+    """One trace, in training with gradients, so that models take their activation checkpoints.
 
     The graph keeps tensors alive, so where anything is kept a second forward without it says what.
     """
     recorded: Trace | None = None
-    if parameters:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        given = run.copied(device)
+    given = run.copied(device)
+    if not training and not alone:
+        with _learning(parameters):
+            return record_forward(model, given.args, given.kwargs, is_leaf, foreign, gradients=False)
+    if training and parameters:
         try:
-            recorded = record_forward(model, given.args, given.kwargs, is_leaf, foreign)
+            with _learning(parameters):
+                recorded = record_forward(model, given.args, given.kwargs, is_leaf, foreign)
         except Exception:  # what fails with gradients only fails in the caller's training as well
             recorded = None
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-    if recorded is not None and not recorded.kept:
-        return recorded
-    given = run.copied(device)
+        if recorded is not None and not recorded.kept:
+            return recorded
+        given = run.copied(device)
     trace = record_forward(model, given.args, given.kwargs, is_leaf, foreign)
     if recorded is not None:
         trace.contexts = recorded.contexts

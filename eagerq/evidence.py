@@ -112,6 +112,14 @@ class Evidence:
                 f"the forward runs {min(elsewhere)!r} in a thread of its own, where it is not seen who reads what;"
                 " plan with the work done in one thread"
             )
+        other = next((trace.reassigned[name] for trace in self.traces if name in trace.reassigned), None)
+        if other is not None:
+            return f"{name}.{other} is another tensor when it runs, put there by the forward; fusion would lose that"
+        if any(name in trace.transformed for trace in self.traces):
+            return f"{name} runs under torch.vmap or a transform of torch.func, where it is not seen who reads its output"
+        settings = [trace.settings[name] for trace in self.traces]
+        if self.is_shared(name) and any(setting != calls[0] for calls in settings for setting in calls):
+            return f"{name} is called several times, and the forward changes its settings between"
         if len(shared) > 1 and not idempotent:
             return f"{name} is shared under several names: {', '.join(shared)}"
         if self.traces:
@@ -215,12 +223,12 @@ class Evidence:
             before, after = trace.contexts[name], trace.contexts[following]
             written_to = any(v in trace.rewritten for call in trace.calls_of(following) for v in call.outputs)
             if not normalises and not written_to:  # else outside of a checkpoint autograd would keep what is then changed
-                before, after = ({(grad, 0, cast) for grad, _, cast in contexts} for contexts in (before, after))
+                before, after = ({(grad, 0, cast, modes) for grad, _, cast, modes in contexts} for contexts in (before, after))
             if not before <= after:
                 break
         else:
             return None
-        return f"{name} and {following} run under different gradient modes, activation checkpoints or autocasts"
+        return f"{name} and {following} run under different gradient modes, activation checkpoints or autocasts, or function modes"
 
     def channels(self, chain: Sequence[str]) -> str | None:
         """Why op and norm of this chain do not fit each other, or None."""

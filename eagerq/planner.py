@@ -17,7 +17,7 @@ from eagerq.nn.qat.base import QATBase
 from eagerq.patterns import Patterns, chain_name
 from eagerq.plan import FusionPlan, Match, Skip
 from eagerq.surgery import full_copy, meta_copy
-from eagerq.trial import beside, broken, other_modes, returned
+from eagerq.trial import Wiring, broken, other_modes
 
 
 class Planner(Evidence):
@@ -196,7 +196,6 @@ class Planner(Evidence):
         if failures:
             return {}, "; ".join(map(str, failures.values()))
         bad: dict[Match, str] = {}
-        absorbed = {name for match in matches for name in match.names}
         widths = {match: [len(self.types[name]) for name in match.names] for match in matches}
         pairs = list(zip(self.traces, traces, strict=True))
         if any(type(m).train not in (nn.Module.train, HoldsNorm.train) or "train" in vars(m) for m in self.names):
@@ -207,10 +206,11 @@ class Planner(Evidence):
                 reason = broken(match, before, after, widths[match])
                 if reason is not None:
                     bad.setdefault(match, reason)
-        chain_of = {name: match.names[0] for match in matches for name in match.names if name not in match.copied}
-        if any(beside(before, absorbed) != beside(after, absorbed) for before, after in pairs):
-            reason = "other modules and functions run than before, or with other arguments"
-        elif any(returned(before, chain_of) != returned(after, chain_of) for before, after in pairs):
+        wiring = Wiring(widths)
+        found = [(wiring.of(before), wiring.of(after)) for before, after in pairs]
+        if any(before[0] != after[0] for before, after in found):
+            reason = "other modules and functions run than before, or with other arguments; does it ask modules for their type?"
+        elif any(before[1] != after[1] for before, after in found):
             reason = "it returns other things than before; does it ask modules for their type?"
         else:
             return bad, None

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from eagerq.errors import ModelError
 from eagerq.surgery import names_of
 from eagerq.trace import Call, Context, Exit, Trace, outline, plain_in, settings_of, tensors_in
-from eagerq.values import MAYBE_NOTHING, Values, reading_function
+from eagerq.values import MAYBE_NOTHING, Values, asks_for_device, reading_function
 
 #: Whether a forward is being watched here.
 watching: ContextVar[bool] = ContextVar("eagerq_watching", default=False)
@@ -47,7 +47,9 @@ class _Recorder:
         self.leaf_inputs: tuple[int, ...] = ()  # and what it was given
         self.leaf_outputs: tuple[int, ...] = ()  # and gave, where it has hooks
         self.regions: list[Any] = []  # hooks on saved tensors that leaves ran under
-        self.inside = 0  # within a leaf or a function: what runs there is its own business
+        self.inside = 0  # within a leaf or a function: what runs there is its own business,
+        self.given: list[set[int]] = []  # unless it reads what that was not given
+        self.own = {m: {**m._parameters, **m._buffers} for leaf in self.leaves for m in leaf.modules()}
         self.thread = threading.get_ident()
         self.autocast = _autocast()
 
@@ -79,22 +81,33 @@ class _Recorder:
         self.inside -= 1
         return tuple(map(self.values.number, found))
 
+    def read(self, obj: Any) -> tuple[int, ...]:
+        """The numbers of what is read: of a tensor that nobody was seen to make, of those too whose memory it is."""
+        fresh = [tensor for tensor in tensors_in(obj) if tensor._base is None and self.values.known(tensor) is None]
+        shared: list[int] = []
+        if fresh:
+            self.inside += 1
+            shared = [value for tensor in fresh for value in self.values.sharing(tensor)]
+            self.inside -= 1
+        return (*self.numbers(obj), *shared)
+
     def noted(self, item: Any, values: set[int]) -> Any:
         """``item``; its values as they are now, whatever is done to them later, are added to ``values``."""
         values.update(self.values.number(tensor) for tensor in tensors_in(item, deep=True))
         return item
 
     def context(self) -> Context:
-        """Whether gradients are recorded here, the number of the hooks on saved tensors (a checkpoint's) or 0, and autocast."""
+        """Whether gradients are recorded, the number of the hooks on saved tensors (a checkpoint's) or 0, autocast; modes."""
         autocast = _autocast()
         self.trace.unlike_data |= autocast[1:] != self.autocast[1:] and len(autocast) > 1
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        modes = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
         if not hooks:
-            return torch.is_grad_enabled(), 0, autocast
+            return torch.is_grad_enabled(), 0, autocast, modes
         if not any(hooks[0] is region for region in self.regions):
             self.regions.append(hooks[0])  # alive, so that no later one has its address
         region = 1 + next(i for i, region in enumerate(self.regions) if region is hooks[0])
-        return torch.is_grad_enabled(), region, autocast
+        return torch.is_grad_enabled(), region, autocast, modes
 
     def is_elsewhere(self, module: nn.Module) -> bool:
         """Whether this call is in another thread, where modes do not see functions; if so, it is noted."""
@@ -113,8 +126,10 @@ class _Recorder:
         if self.inside:
             return
         if module in self.leaves:
+            self._look_at_tensors(module, name)
             self.inside += 1
-            self.leaf, self.leaf_inputs = module, self.numbers((args, kwargs))
+            self.leaf, self.leaf_inputs = module, self.read((args, kwargs))
+            self.given.append(set(self.leaf_inputs))
         else:
             if not self.stack and name == "":
                 self.trace.inputs = tuple(self.values.number(t) for t in tensors_in((args, kwargs), deep=True))
@@ -122,9 +137,26 @@ class _Recorder:
                 self.trace.arguments = {self.values.number(a): key for key, a in direct if isinstance(a, Tensor)}
             self.stack.append(name)
 
+    def _look_at_tensors(self, leaf: nn.Module, name: str) -> None:
+        """Note a tensor that is not the leaf's own any more."""
+        for module in leaf.modules():
+            own = self.own.get(module, {})
+            for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not own.get(key):
+                    self.trace.reassigned[name] = key
+
+    def reads_inside(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Note what an operator within a leaf or a function reads that was made before and not given to it: a hook's or a
+        callback's doing."""
+        for tensor in tensors_in((args, kwargs)):
+            value = self.values.known(tensor)
+            if value is not None and value in self.trace.producer and not any(value in given for given in self.given):
+                self.given[-1].add(value)
+                self.record(str(func), False, (value,), ())
+
     def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Behind the leaf's own pre-hooks."""
-        if module is self.leaf and self.numbers((args, kwargs)) != self.leaf_inputs:
+        if module is self.leaf and self.read((args, kwargs)) != self.leaf_inputs:
             self.trace.changed_inputs.add(self.names[module])
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -141,11 +173,14 @@ class _Recorder:
         if module is self.leaf:
             self.inside -= 1
             self.leaf = None
+            self.given.pop()
             if output is None:
                 self.record(f"{name} (which raised)", False, self.leaf_inputs, ())
             else:
                 self.trace.contexts[name].add(self.context())
                 self.record(name, True, self.leaf_inputs, self.numbers(output))
+                if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors_in(output))):
+                    self.trace.transformed.add(name)
                 if module in self.hooked and self.leaf_outputs != self.trace.calls[-1].outputs:
                     self.trace.changed_outputs.add(name)
         elif self.inside:
@@ -162,9 +197,11 @@ class _Recorder:
             return func(*args, **kwargs)
         name = reading_function(func)
         if name is None:
+            self.trace.unlike_data |= asks_for_device(func)
             return func(*args, **kwargs)
-        inputs = self.numbers((args, kwargs))
+        inputs = self.read((args, kwargs))
         self.inside += 1
+        self.given.append(set(inputs))
         try:
             result = func(*args, **kwargs)
         except Exception:
@@ -172,6 +209,7 @@ class _Recorder:
             raise
         finally:
             self.inside -= 1
+            self.given.pop()
         outputs = self.numbers(result)
         if not (name in MAYBE_NOTHING and outputs and outputs == inputs[: len(outputs)]):
             self.record(name.strip("_"), False, inputs, outputs, tuple(plain_in((args, kwargs))))
@@ -232,8 +270,10 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         recorder = self.recorder
         if recorder.inside:
+            if recorder.given:
+                recorder.reads_inside(func, args, kwargs)
             return func(*args, **(kwargs or {}))
-        inputs = recorder.numbers((args, kwargs))
+        inputs = recorder.read((args, kwargs))
         result = func(*args, **(kwargs or {}))
         recorder.record(str(func), False, inputs, recorder.numbers(result))
         return result
@@ -265,15 +305,18 @@ def record_forward(
     kwargs: dict[str, Any],
     is_leaf: Callable[[nn.Module], bool],
     foreign: Mapping[int, str] = types.MappingProxyType({}),
+    gradients: bool = True,
 ) -> Trace:
     """Run ``model(*args, **kwargs)`` once and say what it did; changes what a forward changes.
 
-    Gradient mode is on, so that the model's own ``no_grad`` shows; no graph is kept.
+    With ``gradients`` gradient mode is on, so that the model's own ``no_grad`` shows; no graph is kept.
 
     Raises:
         ModelError: before it reads one of the ``foreign`` tensors (name by id), those of another model.
     """
     recorder = _Recorder(model, is_leaf, foreign)
+    named = (*model.named_parameters(), *model.named_buffers())
+    recorder.trace.named = {recorder.values.number(tensor): name for name, tensor in named}
     handles = []
     for module in recorder.names:
         if module in recorder.hooked:
@@ -284,7 +327,7 @@ def record_forward(
         handles.append(module.register_forward_hook(recorder.leave, with_kwargs=True, always_call=True))
     token = watching.set(True)
     try:
-        with _SavedState(), torch.enable_grad(), _Operators(recorder), _Functions(recorder):
+        with _SavedState(), torch.set_grad_enabled(gradients), _Operators(recorder), _Functions(recorder):
             output = model(*args, **kwargs)
             yielded: set[int] = set()
             if isinstance(output, types.GeneratorType):

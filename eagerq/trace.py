@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import numbers
 import types
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -12,11 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eagerq.surgery import BOOKKEEPING
+
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 
 
-#: Gradient mode, number of the checkpoint region (0 is none), and autocast: how deep, and to what on which kinds of device.
-Context = tuple[bool, int, tuple[Any, ...]]
+#: Where a module holds tensors and other modules.
+_MEMBERS = frozenset({"_parameters", "_buffers", "_modules"})
+
+#: How deep the stacks of modes are that see functions and operators.
+Modes = tuple[int, int]
+#: Gradient mode, number of the checkpoint region (0 is none), and autocast: how deep, and to what on which kinds of device;
+#: modes.
+Context = tuple[bool, int, tuple[Any, ...], Modes]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,15 +82,18 @@ class Trace:
         returned: what it returned, flat: types, keys, plain values and ``Returned`` ones, in order.
         arguments: for values given directly, the position (``"0"``) or keyword of the argument.
         kept: values alive after the forward that the output does not show.
+        named: for values that were parameters or buffers when it began, their full names.
         shapes: of each value.
         rewritten: values whose tensors were changed in place afterwards.
         parameter_readers: for each parameter (by name) that something outside leaf modules read, the first such call.
-        contexts: for each leaf module what it ran in: gradient mode, checkpoint region, autocast.
+        contexts: for each leaf module what it ran in: gradient mode, checkpoint region, autocast, modes.
         changed_inputs, changed_outputs: leaf modules whose own hooks changed what they were given, or gave.
         settings: of leaf modules and what is in them, the plain attributes at each call (``training``, ``momentum``).
+        reassigned: for leaf modules that ran with another tensor than theirs, put in its place by the forward, its name.
         elsewhere: modules that ran in other threads, where what is read is not seen.
+        transformed: leaf modules that ran under ``torch.vmap`` or a transform of ``torch.func``, where that is not seen either.
         unlike_data: whether shapes alone may have gone another way than data: an autocast of the model's own, which casts
-            nothing there, or a function that failed and the model went on.
+            nothing there, a question for the device, or a function that failed and the model went on.
     """
 
     calls: list[Call] = dataclasses.field(default_factory=list)
@@ -94,6 +106,7 @@ class Trace:
     outputs: frozenset[int] = frozenset()
     returned: tuple[Hashable, ...] = ()
     kept: frozenset[int] = frozenset()
+    named: dict[int, str] = dataclasses.field(default_factory=dict)
     shapes: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     rewritten: frozenset[int] = frozenset()
     training: bool = False
@@ -102,6 +115,8 @@ class Trace:
     changed_inputs: set[str] = dataclasses.field(default_factory=set)
     changed_outputs: set[str] = dataclasses.field(default_factory=set)
     settings: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=lambda: defaultdict(list))
+    reassigned: dict[str, str] = dataclasses.field(default_factory=dict)
+    transformed: set[str] = dataclasses.field(default_factory=set)
     elsewhere: set[str] = dataclasses.field(default_factory=set)
     unlike_data: bool = False
 
@@ -134,7 +149,7 @@ def tensors_in(obj: Any, deep: bool = False, _seen: set[int] | None = None) -> I
     elif isinstance(obj, (list, tuple, set, frozenset)):
         for value in obj:
             yield from tensors_in(value, deep, _seen)
-    elif deep and not isinstance(obj, (*_PLAIN, type, nn.Module, types.ModuleType)):
+    elif deep and not isinstance(obj, (*_PLAIN, type, types.ModuleType)):
         seen = set() if _seen is None else _seen
         if id(obj) not in seen:
             seen.add(id(obj))
@@ -143,15 +158,17 @@ def tensors_in(obj: Any, deep: bool = False, _seen: set[int] | None = None) -> I
 
 
 def _held(obj: Any) -> list[Any]:
-    """What an object refers to; of a function not the names it is defined among."""
+    """What an object refers to; of a function not the names it is defined among, of a module not its hooks."""
+    if isinstance(obj, nn.Module):
+        return [value for key, value in vars(obj).items() if key not in BOOKKEEPING or key in _MEMBERS]
     if not isinstance(obj, types.FunctionType):
         return gc.get_referents(obj)
-    return [*gc.get_referents(*(obj.__closure__ or ())), obj.__defaults__, obj.__kwdefaults__]
+    return [*gc.get_referents(*(obj.__closure__ or ())), obj.__defaults__, obj.__kwdefaults__, vars(obj)]
 
 
 def plain_in(obj: Any) -> Iterator[str]:
     """The plain values in nested lists, tuples, mappings and slices, as text."""
-    if isinstance(obj, _PLAIN):
+    if isinstance(obj, (*_PLAIN, numbers.Number)):  # NumPy's too
         yield repr(obj)
     elif isinstance(obj, Mapping):
         for key, value in obj.items():

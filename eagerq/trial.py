@@ -1,4 +1,4 @@
-"""Whether a fused copy, watched, ran as the model did."""
+"""Whether a fused copy, watched, ran as the model did: each chain, and all that was computed from what."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from eagerq.plan import Match
 from eagerq.record import full_name
-from eagerq.trace import Call, Returned, Trace, upwards
+from eagerq.trace import Returned, Trace, upwards
 
 
 def broken(match: Match, before: Trace, after: Trace, widths: Sequence[int]) -> str | None:
@@ -70,26 +70,50 @@ def other_modes(match: Match, widths: Sequence[int], model: nn.Module, fused: nn
     return None
 
 
-def beside(trace: Trace, absorbed: set[str]) -> Counter[tuple[str, str, tuple[str, ...]]]:
-    """What ran beside the chains: functions by the module they ran in and their plain arguments, and other leaf modules."""
-    return Counter(
-        (call.name, "" if call.is_module else call.parent, call.constants)
-        for call in trace.calls
-        if not (call.is_module and call.name in absorbed) and absorbed.isdisjoint(upwards(call.parent))
-    )
+class Wiring:
+    """What a run computed from what, each chain as one step, so that the model's run and its fused copy's can be compared."""
 
+    def __init__(self, matches: Mapping[Match, Sequence[int]]) -> None:
+        self.heads = {match.names[0]: match for match in matches}
+        self.absorbed = {name for match in matches for name in match.names}
+        self.old_names = {member: name for match, widths in matches.items() for name, member in members(match, widths)}
+        self.numbers: dict[Hashable, int] = {}
 
-def returned(trace: Trace, chain_of: Mapping[str, str]) -> list[Hashable]:
-    """What the model returned, each tensor as its shape and where it comes from: one name for all of a chain."""
+    def of(self, trace: Trace) -> tuple[Counter[Hashable], list[Hashable]]:
+        """The steps, each with what it read, and what was returned; equal where two runs of one model computed the same."""
+        steps: Counter[Hashable] = Counter()
+        results: dict[int, int] = {}
+        chains: dict[int, Match] = {}  # by the result
 
-    def origin(call: Call | None) -> Hashable:
-        if call is None:
-            return None
-        around = upwards(call.name if call.is_module else call.parent)
-        inside = next((chain_of[name] for name in around if name in chain_of), None)
-        return inside or (call.name, "" if call.is_module else call.parent)
+        def result(value: int) -> int:
+            if value not in results:
+                given = trace.inputs.index(value) if value in trace.inputs else self._named(trace.named.get(value))
+                results[value] = self._number((given, trace.shapes[value]))
+            return results[value]
 
-    return [
-        (trace.shapes[item.value], origin(trace.producer.get(item.value))) if isinstance(item, Returned) else item
-        for item in trace.returned
-    ]
+        for call in trace.calls:
+            read = tuple(result(value) for value in call.inputs)
+            around = self.absorbed.intersection(upwards(call.name if call.is_module else call.parent))
+            of_chain = [r for r in read if r in chains and not around.isdisjoint(chains[r].names)]
+            head = self.heads.get(call.name) if call.is_module else None
+            if head is None and of_chain:  # a later member, its placeholder or what an adapter left there
+                results.update((value, of_chain[0]) for value in call.outputs)
+                continue
+            step = (call.name, "" if call.is_module else call.parent, call.constants, read)
+            steps[step] += 1
+            for i, value in enumerate(call.outputs):
+                results.setdefault(value, self._number((step, i)))
+                if head is not None:
+                    chains[results[value]] = head
+        returned = [
+            (trace.shapes[item.value], result(item.value)) if isinstance(item, Returned) else item for item in trace.returned
+        ]
+        return steps, returned
+
+    def _number(self, what: Hashable) -> int:
+        return self.numbers.setdefault(what, len(self.numbers))
+
+    def _named(self, name: str | None) -> str | None:
+        """A parameter's or buffer's name before it was fused."""
+        owner, _, last = (name or "").rpartition(".")
+        return full_name(self.old_names[owner], last) if owner in self.old_names else name

@@ -17,6 +17,8 @@ _FACTS = frozenset(
     " element_size get_device storage_offset is_same_size is_tensor result_type can_cast is_inference"
     " is_conj is_neg __len__ __hash__".split()
 )
+#: Properties that say on what device a tensor is, which a copy on the meta device answers otherwise.
+_DEVICE_PROPERTIES = frozenset("is_cpu is_cuda is_meta is_mps is_xpu is_vulkan is_xla is_mtia is_maia is_hpu is_ipu".split())
 #: Functions that may return their very argument; when they do, nothing happened.
 MAYBE_NOTHING = frozenset(
     "contiguous to float double half bfloat16 type type_as cpu cuda dropout dropout1d dropout2d dropout3d"
@@ -50,6 +52,19 @@ class Values:
             self.shapes[self._numbers[key]] = tuple(tensor.shape)
         return self._numbers[key]
 
+    def known(self, tensor: Tensor) -> int | None:
+        """The number of a tensor that has one."""
+        found = self._tensors.get(id(tensor))
+        if found is None or found[0]() is not tensor or tensor.is_inference():
+            return None
+        return self._numbers.get((found[1], tensor._version))
+
+    def sharing(self, tensor: Tensor) -> list[int]:
+        """The numbers of the tensors alive that lie in the same memory."""
+        place = _memory(tensor)
+        others = [] if place is None else [other for ref, _ in self._tensors.values() if (other := ref()) is not None]
+        return [self.number(other) for other in others if other is not tensor and _memory(other) == place]
+
     def rewritten(self) -> frozenset[int]:
         """The values whose tensors were changed in place afterwards."""
         last = dict(sorted(self._numbers))  # the highest version of each tensor
@@ -66,6 +81,14 @@ class Values:
         return numbers
 
 
+def _memory(tensor: Tensor) -> int | None:
+    """What tells the memory a tensor lies in, or None where it has none of its own (sparse, under a transform)."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
 def reading_function(func: Any) -> str | None:
     """The name of a torch function that reads values; None for one that reads facts about tensors only."""
     name: str = getattr(func, "__name__", str(func))
@@ -76,3 +99,11 @@ def reading_function(func: Any) -> str | None:
         name = getattr(getattr(func, "__self__", None), "__name__", "")
         return name if name in _VALUES_SET else None
     return None if name in _FACTS else name
+
+
+def asks_for_device(func: Any) -> bool:
+    """Whether a torch function asks on what kind of device a tensor is."""
+    name: str = getattr(func, "__name__", "")
+    if name == "__get__":
+        return getattr(getattr(func, "__self__", None), "__name__", "") in _DEVICE_PROPERTIES
+    return name == "get_device"

@@ -40,7 +40,6 @@ TABLE = Path(__file__).with_name("table.csv")
 QUICK = Path(__file__).with_name("quick.txt")
 RESULTS = ROOT / ".zoo"
 BATCH = 4  # a norm over two values, at one position, has no variance left once they are quantized to the same code
-KEPT_MB = 4000.0  # a process that holds more gives it back
 SIZES = (32, 28, 48, 56, 64, 96, 112, 128, 160, 192, 224, 240, 256, 288, 320, 384, 448, 512)
 
 
@@ -137,8 +136,9 @@ def working_mb(model: nn.Module, shape: tuple[int, ...]) -> float:
 CHECKS: dict[str, Callable[[str, float], dict[str, Any]]] = {"structure": check_structure, "real": check_real}
 
 
-def checked(kind: str, name: str, granted_mb: float) -> dict[str, Any]:
-    """One check in this process: its findings, or the crash it ended in."""
+def checked(kind: str, name: str, granted_mb: float, kept_mb: float = math.inf) -> dict[str, Any]:
+    """One check in this process: its findings, or the crash it ended in. Afterwards it keeps this much memory at most: memory
+    that goes back to the system costs more to touch again than most of what is computed in it."""
     torch.set_num_threads(1)
     shapes.remember()
     start = time.perf_counter()
@@ -146,7 +146,7 @@ def checked(kind: str, name: str, granted_mb: float) -> dict[str, Any]:
         found = CHECKS[kind](name, granted_mb)
     except Exception:
         found = {"right": False, "crash": traceback.format_exc(limit=-4)}
-    if held_mb() > KEPT_MB:
+    if held_mb() > kept_mb:
         _give_back_memory()
     return {"kind": kind, "model": name, **found, "seconds": round(time.perf_counter() - start, 2), "peak_mb": round(peak_mb())}
 
@@ -213,8 +213,9 @@ def run_checks(
             if not fitting:
                 break
             task = waiting.pop(fitting[0])
-            running[pool.submit(checked, *task, needs[task])] = task
             used += needs[task]
+            largest = max((needs[other] for other in waiting), default=0.0)
+            running[pool.submit(checked, *task, needs[task], budget_mb - largest)] = task
         finished, _ = wait(running, return_when=FIRST_COMPLETED)
         broken = False
         for future in finished:
@@ -253,7 +254,7 @@ def store_alone(task: tuple[str, str], store: Store, done: Callable[[dict[str, A
 
 
 def held_mb() -> float:
-    """What this process holds now; its peak, which stays, would have it map all memory anew for each model after a large one."""
+    """What this process holds now, not its peak, which stays."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
     except OSError:  # Linux's alone
@@ -268,10 +269,10 @@ def _give_back_memory() -> None:
 
 
 def _pool(jobs: int) -> ProcessPoolExecutor:
-    # a third of the time went into mapping the same memory anew for every weight-sized result
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**40))
+    # half of the time went into mapping the same memory anew for every weight-sized result
+    os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**40))
-    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=25)
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=100)
 
 
 # --- the table

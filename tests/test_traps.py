@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune, weight_norm
+from torch.overrides import TorchFunctionMode
 
 import eagerq
 from tests.nets import C, Made, Net, bn, conv, found, image, randomise
@@ -52,6 +54,8 @@ def values(output: Any) -> Iterator[Tensor]:
         yield output
     elif isinstance(output, Slots):
         yield from (output.last, output.tap)
+    elif isinstance(output, Holder):
+        yield output.tensor
     elif callable(output):
         yield from output()
     elif isinstance(output, dict):
@@ -156,6 +160,156 @@ def hooked() -> nn.Module:
     return model
 
 
+# --- tensors chosen by what a module is, put into modules, read where nobody looks
+
+
+def chosen_by_type(kind: type[nn.Module]) -> Callable[[Any, Tensor], Tensor]:
+    """A forward over a Sequential that also returns what its last module of a type gave, as one tensor."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        tap = x
+        for layer in m.layers:
+            x = layer(x)
+            if isinstance(layer, kind):
+                tap = x
+        return x * tap
+
+    return run
+
+
+def layers(run: Callable[..., Any]) -> Callable[[], nn.Module]:
+    return lambda: Made(run, layers=nn.Sequential(conv(), bn(), nn.ReLU(), conv()))
+
+
+def scaled_by_type(m: Any, x: Tensor) -> Tensor:
+    return m.relu(m.bn(m.conv(x))) * np.float32(2 if hasattr(m.bn, "eps") else 1)
+
+
+def parameter_by_type(m: Any, x: Tensor) -> Tensor:
+    return m.relu(m.bn(m.conv(x))) * (m.one if hasattr(m.bn, "eps") else m.other)
+
+
+def tensor_that_carries_one(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    y.scale = m.one
+    z = m.bn(y)
+    return m.relu(z * getattr(z, "scale", m.other))
+
+
+def ones() -> dict[str, nn.Parameter]:
+    return {"one": nn.Parameter(torch.ones(C, 1, 1)), "other": nn.Parameter(torch.full((C, 1, 1), 2.0))}
+
+
+class Domains(Made):
+    """Statistics of a domain, put into its one norm by the forward."""
+
+    def __init__(self, run: Callable[..., Any], **children: Any) -> None:
+        super().__init__(run, **children)
+        self.register_buffer("mean", torch.full((C,), 0.5))
+
+
+def of_a_domain(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    m.bn.running_mean = m.mean
+    return m.relu(m.bn(y))
+
+
+def with_another_weight(m: Any, x: Tensor) -> Tensor:
+    return m.relu(m.bn(torch.func.functional_call(m.conv, {"weight": m.weight}, (x,))))
+
+
+def read_by_a_hook(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    m.store.append(y)
+    z = m.bn(y)
+    del y
+    return m.last(z)
+
+
+def read_before() -> nn.Module:
+    store: list[Tensor] = []
+    model = Made(read_by_a_hook, conv=conv(), bn=bn(), last=conv(), store=store)
+    model.last.register_forward_pre_hook(Adds(store))
+    return model
+
+
+@dataclasses.dataclass
+class Adds:
+    """A forward pre-hook that adds what was stored."""
+
+    store: list[Tensor]
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0] + self.store.pop(),)
+
+
+def read_by_a_callback(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    z = m.relu(m.bn(y))
+
+    def distance(a: Tensor, b: Tensor) -> Tensor:
+        return (a - b + y).abs().mean((1, 2, 3))
+
+    return z * nn.functional.triplet_margin_with_distance_loss(z, z * 2, z * 3, distance_function=distance)
+
+
+def another_view_of_it(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    same = torch.Tensor._make_subclass(nn.Parameter, y)
+    return m.relu(m.bn(y)) + same
+
+
+def vectorised(m: Any, x: Tensor) -> Tensor:
+    def both(one: Tensor) -> tuple[Tensor, Tensor]:
+        y = m.conv(one)
+        return m.relu(y), y
+
+    a, b = torch.vmap(both)(x)
+    return a - b
+
+
+class Doubles(TorchFunctionMode):
+    """Doubles what batch norms are given."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.batch_norm:
+            args = (args[0] * 2, *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+def in_a_mode(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    with Doubles():
+        return m.relu(m.bn(y))
+
+
+def clamps_anew(m: Any, x: Tensor) -> Tensor:
+    m.clamp.max_val = 2.0
+    y = m.clamp(m.conv(x))
+    m.clamp.max_val = 0.1
+    return y + m.clamp(m.last(x))
+
+
+class Holder(nn.Module):
+    """Holds a tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.tensor = tensor
+
+
+def asks(question: Callable[[Any, Tensor], bool]) -> Callable[[Any, Tensor], Tensor]:
+    """A forward that reads the conv's output twice if the answer is yes."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = m.conv(x)
+        z = m.relu(m.bn(y))
+        return z + y if question(m, x) else z
+
+    return run
+
+
+OTHERS = "with other arguments"
 ALL = ("conv bn relu -> ConvBnReLU2d",)
 TAIL = ("bn relu -> BNReLU2d",)
 STAGES = dict.fromkeys(("features.0 features.1", "features.2 features.3 features.4"), "returns other things than before")
@@ -184,6 +338,29 @@ TRAPS = (
     Net("cast_before", net(cast_before), (), {"conv relu": "or autocasts"}, on_meta=False),
     Net("guesses", net(guesses), TAIL, {"conv bn": "function add"}, on_meta=False),
     Net("in_a_thread", net(in_a_thread), (), dict.fromkeys(("conv bn", "bn relu"), "'conv' in a thread of its own")),
+    Net("chosen_by_type", layers(chosen_by_type(nn.ReLU)), (), {"layers.0 layers.1 layers.2": OTHERS}),
+    Net("norm_chosen_by_type", layers(chosen_by_type(nn.BatchNorm2d)), (), {
+        "layers.0 layers.1": OTHERS, "layers.0 layers.1 layers.2": "has 2 readers"}),
+    Net("number_by_type", net(scaled_by_type), (), {"conv bn relu": OTHERS}),
+    Net("parameter_by_type", lambda: net(parameter_by_type, **ones())(), (), {"conv bn relu": OTHERS}),
+    Net("carries_another", lambda: net(tensor_that_carries_one, **ones())(), (), {
+        "conv bn": OTHERS, "conv bn relu": "function mul"}),
+    Net("of_a_domain", lambda: Domains(of_a_domain, conv=conv(), bn=bn(), relu=nn.ReLU()), (), {
+        "conv bn": "running_mean is another tensor when it runs", "bn relu": "running_mean is another"}),
+    Net("another_weight", net(with_another_weight, weight=nn.Parameter(torch.ones(C, C, 3, 3))), TAIL, {
+        "conv bn": "weight is another tensor when it runs"}),
+    Net("read_by_a_hook", read_before, (), {"conv bn": "has 2 readers"}),
+    Net("read_by_a_callback", net(read_by_a_callback), TAIL, {"conv bn": "has 2 readers"}),
+    Net("another_view_of_it", net(another_view_of_it), TAIL, {"conv bn": "has 2 readers"}),
+    Net("vectorised", lambda: Made(vectorised, conv=conv(), relu=nn.ReLU()), (), {"conv relu": "under torch.vmap"}),
+    Net("in_a_mode", net(in_a_mode), TAIL, {"conv bn": "or function modes"}),
+    Net("clamps_anew", lambda: Made(clamps_anew, conv=conv(), clamp=nn.Hardtanh(-0.2, 0.2), last=conv()), (), {
+        "conv clamp": "changes its settings between", "last clamp": "changes its settings between"}),
+    Net("module", returns(lambda x, y: [x, Holder(y)]), TAIL, {"conv bn": "also an output of the model"}),
+    Net("asks_for_gradients", net(asks(lambda m, x: not torch.is_grad_enabled())), TAIL, {"conv bn": "has 2 readers"}),
+    Net("asks_a_weight_in_eval", net(asks(lambda m, x: m.conv.weight.requires_grad and not m.training)), TAIL, {
+        "conv bn": "has 2 readers"}),
+    Net("asks_for_a_device", net(asks(lambda m, x: x.is_cpu)), TAIL, {"conv bn": "has 2 readers"}, on_meta=False),
     Net("hooks_around", hooked, (), {"block.0 bn": "block around one of them carries hooks on its gradients"}),
 )  # fmt: skip
 
