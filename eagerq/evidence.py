@@ -228,7 +228,7 @@ class Evidence:
                 break
         else:
             return None
-        return f"{name} and {following} run under different gradient modes, activation checkpoints or autocasts, or function modes"
+        return f"{name} and {following} run under other gradient modes, activation checkpoints or autocasts, or function modes"
 
     def channels(self, chain: Sequence[str]) -> str | None:
         """Why op and norm of this chain do not fit each other, or None."""

@@ -21,11 +21,13 @@ class Checks:
     def __init__(self, true_needs: dict[str, float]) -> None:
         self.true_needs = true_needs
         self.runs: list[tuple[str, float]] = []
+        self.kept: list[float] = []
         self.now, self.most = 0.0, 0.0
         self.lock = Lock()
 
-    def __call__(self, kind: str, name: str, granted_mb: float) -> dict[str, Any]:
+    def __call__(self, kind: str, name: str, granted_mb: float, kept_mb: float) -> dict[str, Any]:
         needs = self.true_needs[name]
+        self.kept.append(kept_mb)
         result = {"kind": kind, "model": name, "right": True}
         with self.lock:
             self.runs.append((name, granted_mb))
@@ -55,6 +57,8 @@ def test_every_check_runs_within_the_memory_or_is_named(jobs: int, tmp_path: Pat
     assert ("grown", 80.0) in checks.runs
     assert checks.runs[0] == ("large", 90.0)  # the largest first
     assert checks.most <= 100.0
+    # the others keep together what leaves room for the largest that waits
+    assert set(checks.kept) <= {(100.0 - waiting) / max(jobs - 1, 1) for waiting in (0.0, *planned.values(), 80.0)}
     assert zoo.Store(tmp_path).results.keys() == store.results.keys()  # and are there when it goes on
 
 

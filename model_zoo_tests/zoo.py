@@ -215,7 +215,7 @@ def run_checks(
             task = waiting.pop(fitting[0])
             used += needs[task]
             largest = max((needs[other] for other in waiting), default=0.0)
-            running[pool.submit(checked, *task, needs[task], budget_mb - largest)] = task
+            running[pool.submit(checked, *task, needs[task], (budget_mb - largest) / max(jobs - 1, 1))] = task
         finished, _ = wait(running, return_when=FIRST_COMPLETED)
         broken = False
         for future in finished:
