@@ -96,7 +96,10 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A net: kinds of modules, where and in which order they are registered, what runs, what is returned."""
+    """A net: kinds of modules, where and in which order they are registered, what runs, what is returned.
+
+    With ``by_type``, what the last module of that type gave (or the input) is added to the first result.
+    """
 
     kinds: tuple[str, ...]
     places: tuple[int, ...]
@@ -108,6 +111,7 @@ class Program:
     reads_values: bool
     hooks: frozenset[tuple[int, str]] = frozenset()
     takes: Literal["tensor", "dict", "keyword"] = "tensor"
+    by_type: str = ""
 
     @property
     def flags(self) -> tuple[bool, ...]:
@@ -158,6 +162,7 @@ class RandomNet(nn.Module):
         self.program = program
         self.left, self.right = Holder(), Holder()
         self.kept: Any = None
+        self.tap: Tensor | None = None
         self.unused = nn.Parameter(torch.zeros(1))
         self.paths: dict[int, str] = {}
         modules = [KINDS[kind]() for kind in program.kinds]
@@ -202,14 +207,20 @@ class RandomNet(nn.Module):
         if isinstance(what, str):
             return FUNCTIONS[what](x, y)
         if isinstance(what, int):
-            return self.at(what)(x)
+            return self._called(self.at(what), x)
         group = getattr(self, f"group{what[0]}")
         if instruction.style in ("sequential", "nested"):
             return group(x)
         for _ in range(instruction.times):
             for layer in reversed(group) if instruction.style == "reversed" else group:
-                x = layer(x)
+                x = self._called(layer, x)
         return x
+
+    def _called(self, layer: nn.Module, x: Tensor) -> Tensor:
+        result: Tensor = layer(x)
+        if type(layer).__name__ == self.program.by_type:
+            self.tap = result
+        return result
 
     def forward(self, x: Any, flag: bool = True) -> Any:
         if isinstance(x, dict):
@@ -227,6 +238,9 @@ class RandomNet(nn.Module):
         if self.program.reads_values and bool(values[1].sum().isnan()):
             raise ValueError("NaN")
         results = [values[i] for i in self.program.outputs]
+        tap, self.tap = self.tap, None
+        if self.program.by_type:
+            results[0] = results[0] + (x if tap is None else tap)
         match self.program.form:
             case "dict":
                 return {"nested": [{"a": r} for r in results]}
@@ -256,11 +270,12 @@ def _group(draw: st.DrawFn) -> list[str]:
 
 
 @st.composite
-def programs(draw: st.DrawFn, flagged: bool = False) -> Program:
+def programs(draw: st.DrawFn, flagged: bool = False, typed: bool = False) -> Program:
     """Nets of 2 to 12 steps; most steps read the newest value, so that chains are common.
 
     Args:
         flagged: draw some steps that depend on the input ``flag``.
+        typed: draw some nets that ask modules for their type.
     """
     kinds: list[str] = []
     instructions: list[Instruction] = []
@@ -328,6 +343,7 @@ def programs(draw: st.DrawFn, flagged: bool = False) -> Program:
         draw(st.integers(0, 9)) == 0,
         frozenset(draw(hooks)) if draw(st.integers(0, 3)) == 0 else frozenset(),
         draw(st.sampled_from(("tensor", "tensor", "dict", "keyword"))),
+        draw(st.sampled_from(("", "Conv2d", "BatchNorm2d", "ReLU", "Identity"))) if typed else "",
     )
 
 
@@ -347,4 +363,4 @@ def described(program: Program) -> Iterator[str]:
         conditions += [i.context] * bool(i.context)
         args = f"v{i.sources[0]}{f', v{i.sources[1]}' if i.what in TWO else ''}"
         yield f"v{number} = {name}({args}){'  # ' + ', '.join(conditions) if conditions else ''}"
-    yield f"return {program.form} {program.outputs}; hooks {sorted(program.hooks)}"
+    yield f"return {program.form} {program.outputs}; hooks {sorted(program.hooks)}; by type {program.by_type!r}"

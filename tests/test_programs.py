@@ -109,7 +109,7 @@ def test_the_plan_is_the_truth_of_what_was_watched(program: Program) -> None:
 
 
 @laws
-@given(programs())
+@given(programs(typed=True))
 def test_fusing_keeps_the_function(program: Program) -> None:
     show(program)
     model = program.build()
