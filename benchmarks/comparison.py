@@ -11,7 +11,9 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import platform
-from collections.abc import Callable
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from model_zoo_tests.oracle import claimed_links, true_chains
 from model_zoo_tests.rules import claims, neighbours, siblings, torch_export_refuses, torch_fx_refuses
 from model_zoo_tests.structure import judged, looks_for
 from model_zoo_tests.untraceable import UNTRACEABLE, Untraceable
-from model_zoo_tests.zoo import QUICK, Store, on_meta
+from model_zoo_tests.zoo import QUICK, Store, fingerprint, on_meta
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "comparison.md"
 
@@ -62,10 +64,21 @@ class Set:
                 mine[who] += n
 
 
-def from_results() -> Set:
+def stored() -> list[dict[str, Any]]:
+    """The structure results of the zoo, whatever code they are of: the page says which."""
+    store = Store(any_code=True)
+    found = [r for (kind, _), r in store.results.items() if kind == "structure" and "row" in r]
+    if not found:
+        sys.exit(
+            f"wanted the zoo's results, found none of timm's structure in {store.path};"
+            " run `tox -e zoo -- --kind structure` first."
+        )
+    return found
+
+
+def from_results(results: Sequence[dict[str, Any]]) -> Set:
     """timm but for torch.export, from the stored results."""
     found = Set("timm")
-    results = [r for (kind, _), r in Store(any_code=True).results.items() if kind == "structure" and "row" in r]
     for result in results:
         verdict = result["verdict"]
         found.models += 1
@@ -78,9 +91,16 @@ def from_results() -> Set:
     return found
 
 
-def zoo_versions() -> set[str]:
-    """The torch that the stored results come from."""
-    return {r["torch"] for (kind, _), r in Store(any_code=True).results.items() if kind == "structure"}
+def origins(results: Sequence[dict[str, Any]]) -> str:
+    """What the stored results come from: the marks of the code, with torch's version, and how many of each where several."""
+    found = Counter((r["code"], r["torch"]) for r in results)
+    mark = fingerprint()
+    told = [
+        f"{f'{n} ' if len(found) > 1 else ''}of code {code}{'' if code == mark else ', which is not what lies here now,'}"
+        f" under torch {version}"
+        for (code, version), n in sorted(found.items())
+    ]
+    return "; ".join(told)
 
 
 def timm_export(name: str) -> Set:
@@ -134,18 +154,20 @@ def one(kind: str, name: str) -> Set:
     return beyond(next(row for row in BEYOND if row.name == name))
 
 
-def share(n: int, of: int) -> str:
-    return f"{n} of {of} ({100 * n / max(of, 1):.1f} %)"
+def share(n: int, of: int, models: int | None = None) -> str:
+    """``n`` of ``of``; where fewer than ``models`` were asked, that too."""
+    asked = "" if models is None or of == models else f", asked of {of} of the {models}"
+    return f"{n} of {of} ({100 * n / max(of, 1):.1f} %){asked}"
 
 
-def page(sets: list[Set]) -> str:
+def page(sets: list[Set], origin: str) -> str:
     """The page as Markdown."""
     lines = [
         "# Who can take a model, and who fuses wrongly",
         "",
         f"torch {torch.__version__}, timm {timm.__version__}, torchvision {torchvision.__version__}, Python"
         f" {platform.python_version()}; written by `python benchmarks/comparison.py` from the results of `tox -e zoo`"
-        f" (under torch {', '.join(sorted(zoo_versions()))}).",
+        f" ({origin}).",
         "",
         "## Models handled",
         "",
@@ -157,7 +179,7 @@ def page(sets: list[Set]) -> str:
         "| set | models | torch.fx | torch.export | eagerq |",
         "|---|---|---|---|---|",
         *(
-            f"| {s.name} | {s.models} | {share(s.fx, s.models)} | {share(s.exported, s.export_tried)} |"
+            f"| {s.name} | {s.models} | {share(s.fx, s.models)} | {share(s.exported, s.export_tried, s.models)} |"
             f" {share(s.eagerq, s.models)} |"
             for s in sets
         ),
@@ -183,19 +205,20 @@ def page(sets: list[Set]) -> str:
 
 def main() -> None:
     """Measure, write the page and print it."""
+    results = stored()
     tasks = [
         *(("timm", name) for name in QUICK.read_text().split()),
         *(("beyond", row.name) for row in BEYOND),
         *(("untraceable", row.name) for row in UNTRACEABLE),
     ]
     sets = {name: Set(name) for name in ("timm", "torchvision", "transformers", "untraceable")}
-    sets["timm"].add(from_results())
+    sets["timm"].add(from_results(results))
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(one, *task) for task in tasks]
         for future in track(as_completed(futures), "comparing", len(futures), transient=True):
             found = future.result()
             sets[found.name].add(found)
-    text = page(list(sets.values()))
+    text = page(list(sets.values()), origins(results))
     PAGE.write_text(text)
     print(text)
 

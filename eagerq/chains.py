@@ -140,22 +140,22 @@ class ChainWatch:
                 self.clear()
             self.depth += 1
 
+    def returned(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The forward came to its end: refuse what must not leave it."""
+        if self.off() or self.depth != 1:
+            return
+        for tensor in tensors_in(output, deep=True):
+            value = self.find(tensor)
+            if value is not None:
+                raise value.chain.broken(f"the model returns the output of {value.giver}, which only {value.reader} was to read")
+        self.finish("the forward")
+
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        """After ``returned``, or where an exception passes, which ``output`` does not tell from a model that returns None."""
         if self.off() or self.depth == 0:
             return
         self.depth -= 1
-        if self.depth:
-            return
-        try:
-            if output is not None:  # as it is where an exception passes
-                for tensor in tensors_in(output, deep=True):
-                    value = self.find(tensor)
-                    if value is not None:
-                        raise value.chain.broken(
-                            f"the model returns the output of {value.giver}, which only {value.reader} was to read"
-                        )
-                self.finish("the forward")
-        finally:
+        if not self.depth:
             self.clear()
 
     def clear(self) -> None:

@@ -119,6 +119,7 @@ def _entered(model: nn.Module, *, by_itself: bool = False) -> Iterator[ChainWatc
             after(module, guarding.left, always_call=True)
         if not by_itself:
             before(model, guarding.begin)
+            after(model, guarding.returned)
             after(model, guarding.end, always_call=True)
         functions = FunctionsSeen(guarding)
         stack.enter_context(OperatorsSeen(functions))
@@ -133,16 +134,17 @@ def guard_if_asked(model: nn.Module) -> nn.Module:
     """Let the model guard each of its forwards if ``EAGERQ_GUARD`` is set to anything but 0; returns it."""
     for part in model.modules():
         if part is not model:
-            _take_off(part, lambda hook: hook in (_open, _close))  # the record is the whole model's now
+            _take_off(part, lambda hook: hook in _ITS_OWN)  # the record is the whole model's now
     if os.environ.get(_SWITCH, "0") not in ("", "0") and _open not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_open, prepend=True)
+        model.register_forward_hook(_check)
         model.register_forward_hook(_close, always_call=True)
     return model
 
 
 def stop_guarding(module: nn.Module) -> None:
     """Take off what any guard put on this module."""
-    _take_off(module, lambda hook: hook in (_open, _close) or isinstance(hook, (_Hook, _LeftOver)))
+    _take_off(module, lambda hook: hook in _ITS_OWN or isinstance(hook, (_Hook, _LeftOver)))
 
 
 def _take_off(module: nn.Module, wanted: Callable[[Any], bool]) -> None:
@@ -163,6 +165,14 @@ def _open(module: nn.Module, args: Any) -> None:
     guarding.depth = 1
 
 
+def _check(module: nn.Module, args: Any, output: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    guarding = next((guarding for opened, _, guarding in reversed(_HERE.open) if opened is module), None)
+    if guarding is not None:
+        guarding.returned(module, args, output)
+
+
 def _close(module: nn.Module, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling() or not any(entry[0] is module for entry in _HERE.open):
         return
@@ -172,3 +182,7 @@ def _close(module: nn.Module, args: Any, output: Any) -> None:
             if opened is module:
                 guarding.end(module, args, output)
                 return
+
+
+#: What a model that guards itself carries.
+_ITS_OWN = (_open, _check, _close)

@@ -78,17 +78,26 @@ def as_runs(example_inputs: Any, limit: int = LIMIT) -> tuple[Inputs, ...]:
         "example_inputs must be a tensor, a tuple of positional arguments, a dict of keyword arguments, or a list or other"
         " iterable (a DataLoader) of such inputs"
     )
-    if not isinstance(example_inputs, Iterable) or isinstance(example_inputs, (str, bytes)):
-        raise InputsError(f"{wanted}; found {type(example_inputs).__name__}.")
+    if not isinstance(example_inputs, Iterable) or isinstance(example_inputs, (str, bytes)) or _is_numpy(example_inputs):
+        raise InputsError(f"{wanted}; found {type(example_inputs).__name__}{_as_tensor(example_inputs)}.")
     runs = []
     for i, item in enumerate(example_inputs if isinstance(example_inputs, list) else itertools.islice(example_inputs, limit)):
         run = Inputs(tuple(item), {}) if isinstance(item, list) else _one(item)
         if run is None:
-            raise InputsError(f"{wanted}; found {type(item).__name__} as item {i} of a {type(example_inputs).__name__}.")
+            kinds = f"{type(item).__name__} as item {i} of a {type(example_inputs).__name__}"
+            raise InputsError(f"{wanted}; found {kinds}{_as_tensor(item)}.")
         runs.append(run)
     if not runs:
         raise InputsError(f"{wanted}; found {type(example_inputs).__name__} (empty).")
     return tuple(runs)
+
+
+def _is_numpy(value: Any) -> bool:
+    return type(value).__module__.partition(".")[0] == "numpy"  # which need not be installed
+
+
+def _as_tensor(value: Any) -> str:
+    return "; of an array make a tensor, torch.from_numpy(array)" if _is_numpy(value) else ""
 
 
 def _one(example_inputs: Any) -> Inputs | None:
@@ -138,6 +147,12 @@ def misfit(model: nn.Module, run: Inputs) -> str:
         return (
             f" {name} takes no argument named {unknown[0]!r}, but {', '.join(parameters)}: leave it out, as in"
             f" ({{key: batch[key] for key in {[key for key in run.kwargs if key in parameters]}}} for batch in loader)."
+        )
+    missing = [n for n in places[given:] if parameters[n].default is inspect.Parameter.empty and n not in run.kwargs]
+    if missing:
+        return (
+            f" {name} also wants {', '.join(missing)}: the arguments of one forward are a tuple, ({', '.join(places)}), or a"
+            " dict; each item of a list is a forward of its own."
         )
     if given > 1:
         return f" If the last of these {given} positional arguments is a label, leave it out, as in (x for x, _ in loader)."

@@ -5,21 +5,22 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from eagerq import integrations
-from eagerq.errors import PatternError
+from eagerq.errors import PatternError, StateError
 from eagerq.inputs import Inputs
-from eagerq.nn.intrinsic.fused import Fused
+from eagerq.nn.intrinsic.fused import Fused, type_name
 from eagerq.nn.modules.activation import result_may_be_rewritten
 from eagerq.nn.modules.hooks import POST_HOOKS, PRE_HOOKS, share_hooks
 from eagerq.patterns import Patterns
 from eagerq.record import Record, full_name, record_of, renamed_keys
 from eagerq.surgery import all_or_nothing, replace_modules
 from eagerq.tables import table
+from eagerq.trace import upwards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,19 +70,53 @@ class FusionPlan:
     patterns: Patterns = dataclasses.field(default=Patterns(()), repr=False, compare=False)
     runs: tuple[Inputs, ...] | None = dataclasses.field(default=None, repr=False, compare=False)
     on_meta: bool = dataclasses.field(default=True, repr=False, compare=False)
+    made_for: Mapping[str, str] | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def for_model(self, model: nn.Module) -> FusionPlan:
+        """This plan, to be applied to models only in which the same types stand in and around its chains."""
+        return dataclasses.replace(self, made_for=_types_around(model, self.matches))
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Fuse in place and return ``model``; if anything fails, the model is as it was.
 
+        The modules of the chains and those that hold them must be of the types the plan was made for: their forwards are
+        what was watched. What else the model holds, and what its forward does by the values of its attributes, is
+        not compared; plan again for a model that may differ there.
+
         Raises:
             PatternError: if ``model`` is not of the structure the plan was made for.
+            StateError: if the plan was applied to ``model`` before.
         """
         with all_or_nothing(model):
+            self._check_fits(model)
             built = _build(model, self.matches)
             record = (record_of(model) or Record()).absorbing(model)
             model = replace_modules(model, built.new)
             record.after_fusion(self, built.renames, built.originals, built.inplace).attach(model)
         return model
+
+    def _check_fits(self, model: nn.Module) -> None:
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for match in self.matches:
+            missing = [name for name in match.names if name not in modules]
+            if missing:
+                raise PatternError(
+                    f"the plan names {missing[0]!r}, which this {type(model).__name__} has not; plan again for this model."
+                )
+            first = match.names[0]
+            if isinstance(modules[first], match.fused):
+                raise StateError(
+                    f"wanted a model to fuse {' + '.join(match.names)} in, found its {match.fused.__name__} at {first!r} already:"
+                    " the plan was applied to this model. Use the model as it is, or plan again for what is left to fuse."
+                )
+        found = _types_around(model, self.matches)
+        for name, wanted in (self.made_for or {}).items():
+            if found.get(name, wanted) != wanted:
+                where = f"at {name!r}" if name else "as the model"
+                raise PatternError(
+                    f"wanted the model that the plan was made for, with a {wanted} {where}, found a {found[name]}, whose forward"
+                    " may take another way; plan again for this model."
+                )
 
     def without(self, *names: str) -> FusionPlan:
         """This plan less the chains that hold any of these modules, by full name.
@@ -126,6 +161,12 @@ class FusionPlan:
         return "\n".join(parts)
 
 
+def _types_around(model: nn.Module, matches: Sequence[Match]) -> dict[str, str]:
+    """The types, by full name, of the modules in these chains and of all that hold one, the model (``""``) among them."""
+    inside = {outer for match in matches for name in match.names for outer in ("", *upwards(name))}
+    return {name: type_name(type(m)) for name, m in model.named_modules(remove_duplicate=False) if name in inside}
+
+
 @dataclasses.dataclass(frozen=True)
 class _Built:
     """New modules by the old ones they replace; new state keys with the old ones; by name, what an adapter took apart
@@ -143,11 +184,6 @@ def _build(model: nn.Module, matches: Sequence[Match]) -> _Built:
     renames: dict[str, str] = {}
     originals: dict[str, nn.Module] = {}
     for match in matches:
-        missing = [name for name in match.names if name not in modules]
-        if missing:
-            raise PatternError(
-                f"the plan names {missing[0]!r}, which this {type(model).__name__} has not; plan again for this model."
-            )
         members: list[nn.Module] = []
         placed: dict[str, nn.Module] = {}
         taken_apart: list[tuple[nn.Module, nn.Module | None]] = []

@@ -119,7 +119,11 @@ class _WithoutGraph(TorchFunctionMode):
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A deep copy whose tensors are all on the meta device: structure and shapes without data."""
+    """A deep copy whose tensors are all on the meta device: structure and shapes without data.
+
+    Raises:
+        ModelError: as ``full_copy``.
+    """
     memo: dict[int, Any] = {}
     for tensor in state_tensors(model):
         with torch.no_grad():
@@ -133,7 +137,7 @@ def full_copy(model: nn.Module) -> nn.Module:
     """A deep copy, data included; tensors that an earlier forward left behind are copied without their graph.
 
     Raises:
-        ModelError: if the model cannot be copied.
+        ModelError: if the model cannot be copied, or the copy would share modules with it.
     """
     with _WithoutGraph():
         return _deepcopy(model, {})
@@ -141,9 +145,19 @@ def full_copy(model: nn.Module) -> nn.Module:
 
 def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     try:
-        return copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise ModelError(
             f"eagerq works on a copy, and copy.deepcopy of {type(model).__name__} failed:"
             f" {type(error).__name__}: {error}. Make the model copyable (keep no graph tensors, locks or files in it)."
         ) from error
+    own = set(model.modules())
+    for name, module in copied.named_modules():
+        if module in own:  # what is fused, hooked or run in the copy would be so in the model
+            kind = type(module).__name__
+            raise ModelError(
+                f"eagerq works on a copy, and copy.deepcopy of {type(model).__name__} gives"
+                f" {f'its {name!r} (a {kind})' if name else 'the model'} itself, not a copy of it; work on the copy would change"
+                f" the model. Let {kind}.__deepcopy__ make a new module, or keep this one out of the model's modules."
+            )
+    return copied

@@ -51,22 +51,30 @@ def members(match: Match, widths: Sequence[int]) -> list[tuple[str, str]]:
 
 
 def other_modes(match: Match, widths: Sequence[int], model: nn.Module, fused: nn.Module) -> str | None:
-    """What ``train()`` and ``eval()`` of the whole do to a norm of the chain and not once it is fused, or None.
+    """What ``train()`` and ``eval()`` of the whole do to a module of the chain and not once it is fused, or None.
 
-    A model's own ``train`` may set modules by name; both models are used up.
+    A model's own ``train`` may set modules, and freeze parameters, by name; both models are used up.
     """
     for mode in (False, True):
-        model.train(mode)
-        fused.train(mode)
-        if getattr(fused.get_submodule(match.names[0]), "freeze_bn", False):
-            continue  # and stays so
+        for one in (model, fused):
+            one.train() if mode else one.eval()
+        frozen = getattr(fused.get_submodule(match.names[0]), "freeze_bn", False)  # its norm stays in eval mode
         for name, member in members(match, widths):
-            old, new = model.get_submodule(name).training, fused.get_submodule(member).training
-            if name not in match.copied and old != new:
+            if name in match.copied:
+                continue
+            old, new = model.get_submodule(name), fused.get_submodule(member)
+            if old.training != new.training and not frozen:
                 return (
-                    f"the model's train({mode}) leaves {name} in {'train' if old else 'eval'} mode, which it does not reach once"
-                    " fused; call model.train() before fusing, so that a norm it keeps in eval mode stays so"
+                    f"the model's train({mode}) leaves {name} in {'train' if old.training else 'eval'} mode, which it does not"
+                    " reach once fused; call model.train() before fusing, so that a norm it keeps in eval mode stays so"
                 )
+            for key, parameter in old._parameters.items():
+                now = new._parameters.get(key)
+                if parameter is not None and now is not None and parameter.requires_grad != now.requires_grad:
+                    return (
+                        f"the model's train({mode}) sets {name}.{key}.requires_grad to {parameter.requires_grad}, which it does"
+                        " not reach once fused; call model.train() before fusing, so that a parameter it freezes stays so"
+                    )
     return None
 
 

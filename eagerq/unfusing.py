@@ -8,7 +8,7 @@ from eagerq import integrations
 from eagerq.checks import check_model
 from eagerq.errors import StateError
 from eagerq.guarding import stop_guarding
-from eagerq.nn.intrinsic.fused import Fused
+from eagerq.nn.intrinsic.fused import Fused, misfit
 from eagerq.nn.modules.hooks import POST_HOOKS, PRE_HOOKS, share_hooks
 from eagerq.nn.quantized import is_deployed, is_qat
 from eagerq.plan import Match
@@ -30,7 +30,8 @@ def unfuse_modules(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Raises:
         ModelError: for something that is no eager model.
         StateError: for a QAT or deployed model, one without a record of ``fuse_modules``, or a chain
-            that was changed since so that it cannot be taken apart; the model is then as it was.
+            that was changed since so that it cannot be taken apart (members put in or taken out, attributes, parameters
+            or buffers put on a fused module or a placeholder); the model is then as it was.
     """
     check_model(model)
     if is_qat(model) or is_deployed(model):
@@ -65,11 +66,11 @@ def _unfused(model: nn.Module, record: Record) -> nn.Module:
     """``model`` with the chains of its record taken apart, the last fused first."""
     there = dict(model.named_modules(remove_duplicate=False))
     now = dict(there)
+    detach(model)
     for match in reversed(record.matches):
         if any(name in now for name in match.names):  # else the part they were in is gone
             now.update(_apart(now, match, record))
     new = {there[name]: module for name, module in now.items() if module is not there[name]}
-    detach(model)
     return replace_modules(model, new)
 
 
@@ -84,15 +85,25 @@ def _apart(now: dict[str, nn.Module], match: Match, record: Record) -> dict[str,
             f"wanted the {match.fused.__name__} of {chain} at {first!r} and a module at each other name, found {found} there;"
             " it was replaced since. Put it back, or take the parts you need from the fused model."
         )
+    parts = list(fused)
+    wrong = misfit(match.fused, parts)
+    if wrong is not None:
+        raise StateError(
+            f"wanted the {match.fused.__name__} of {chain} at {first!r} with the members it was made of, but {wrong}; they were"
+            " changed since. Put the members back, or take the parts you need from the fused model."
+        )
+    _nothing_added(first, fused, match.fused(*parts))
     for name in match.names[1:]:
+        if name in match.copied:
+            continue
         original = record.originals.get(name)
-        rest = None if original is None else integrations.expand(original).rest
-        if name not in match.copied and type(now[name]) is not type(rest or nn.Identity()):
+        placeholder = (None if original is None else integrations.expand(original).rest) or nn.Identity()
+        if type(now[name]) is not type(placeholder):
             raise StateError(
                 f"wanted the placeholder that fusing {chain} left at {name!r}, found a {type(now[name]).__name__}, which would be"
                 " lost; it was put there since. Put nn.Identity() back, or take the parts you need from the fused model."
             )
-    parts = list(fused)
+        _nothing_added(name, now[name], placeholder)
     apart: dict[str, nn.Module] = {}
     for name in match.names:
         original = record.originals.get(name)
@@ -113,6 +124,22 @@ def _apart(now: dict[str, nn.Module], match: Match, record: Record) -> dict[str,
         del parts[: len(members)]
     _hand_back_hooks(now, match, fused, apart)
     return apart
+
+
+def _nothing_added(name: str, found: nn.Module, new: nn.Module) -> None:
+    """Refuse what was put on a module that goes, beside what one has when it is ``new``."""
+    added = sorted(_held(found) - _held(new))
+    if added:
+        raise StateError(
+            f"wanted nothing on the {type(found).__name__} at {name!r} beside what fusing put there, found {', '.join(added)},"
+            " which would be lost; it was put there since. Move it to a module that stays, and un-fuse then."
+        )
+
+
+def _held(module: nn.Module) -> set[str]:
+    """The names of a module's attributes, parameters and buffers, and of the groups it has hooks on its state in."""
+    hooks = {name for name in BOOKKEEPING if name.endswith("_hooks") and "state_dict" in name and vars(module).get(name)}
+    return {*(vars(module).keys() - BOOKKEEPING), *module._parameters, *module._buffers, *hooks}
 
 
 def _carry_over(part: nn.Module, original: nn.Module, running: set[nn.Module]) -> None:

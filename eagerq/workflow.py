@@ -30,6 +30,10 @@ from eagerq.tables import table
 def plan_fusion(model: nn.Module, patterns: Any = None, example_inputs: Any = None) -> FusionPlan:
     """Decide which chains ``fuse_modules`` would fuse; the model is not touched.
 
+    The forward that is watched is a copy's, with the model's own hooks: a hook's function is the same object for both, so
+    what it collects outside of the model is collected then too (on the meta device tensors without data). Register
+    such hooks afterwards, or clear what they collected.
+
     Args:
         model: any eager ``nn.Module``.
         patterns: None for ``eagerq.DEFAULT_PATTERNS``, a ``Patterns``, tuples of module types
@@ -54,7 +58,7 @@ def plan_fusion(model: nn.Module, patterns: Any = None, example_inputs: Any = No
     parsed, listed = parse_patterns(patterns, DEFAULT_PATTERNS)
     runs = runs_for(model, example_inputs)
     plan = Planner(model, parsed, runs).plan(listed)
-    return dataclasses.replace(plan, notes=(*plan.notes, *notes_on(example_inputs, runs)))
+    return dataclasses.replace(plan, notes=(*plan.notes, *notes_on(example_inputs, runs))).for_model(model)
 
 
 def fuse_modules(model: nn.Module, patterns: Any = None, example_inputs: Any = None, *, inplace: bool = False) -> nn.Module:

@@ -69,10 +69,10 @@ def summary(store: Store, names: list[str], kinds: tuple[str, ...], unfit: list[
         verdicts = [r["verdict"] for r in rows]
         chains = sum(int(cell.split()[0]) for r in rows for cell in r["row"]["fused"].split("; ") if cell)
         lines += [
-            f"{len(rows)} rows; {sum(int(r['row']['links']) for r in rows)} true links of claimed types;"
-            f" {chains} chains fused",
+            f"{len(rows)} rows; {sum(int(r['row']['links']) for r in rows)} true links of claimed types; {chains} chains fused",
             f"{sum(len(v['false']) for v in verdicts)} false fusions, {sum(len(v['missed']) for v in verdicts)} missed links of"
-            f" claimed types, {sum(len(v['unexplained']) for v in verdicts)} unexplained,"
+            f" claimed types, {sum(len(v['unexplained']) for v in verdicts)} unexplained (beside"
+            f" {sum(len(v.get('chainless', ())) for v in verdicts)} links whose types begin no chain),"
             f" {sum('crash' in r for r in found['structure'])} crashes",
             f"torch.fx traces {sum(v['fx'] is not None for v in verdicts)} and disagrees on"
             f" {sum(len(v['fx'] or ()) for v in verdicts)} links",

@@ -280,6 +280,13 @@ def claimed_links(model: nn.Module, looks: list[Seen]) -> dict[str, str]:
     return {a: b for a, b in common.items() if fits(modules[a], modules[b], axes.get(a))}
 
 
+def begins_chain(first: nn.Module, second: nn.Module) -> bool:
+    """Whether a chain of these types is claimed that begins with this claimed link: any of an op, of a norm that with a ReLU."""
+    if known(first) in OPS:
+        return True
+    return bool(_spatial(NORMS, first) & {2, 3}) and type(first) is not nn.SyncBatchNorm and type(second) in RELU
+
+
 def true_chains(model: nn.Module, looks: list[Seen]) -> tuple[set[tuple[str, ...]], dict[Link, str]]:
     """The chains to fuse, and the claimed links that no chain may hold, each with the reason."""
     modules = dict(model.named_modules())
@@ -341,7 +348,7 @@ def true_chains(model: nn.Module, looks: list[Seen]) -> tuple[set[tuple[str, ...
         if _holds_act(module):
             if called and type(module.act) in RELU and not _holds_drop(module):
                 chains.add((name,))
-        elif name in links and type(modules[links[name]]) in RELU:
+        elif name in links and begins_chain(module, modules[links[name]]):
             chain = follow(name)
             if len(chain) > 1:
                 chains.add(chain)

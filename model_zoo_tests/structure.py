@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import resource
 import time
@@ -19,7 +20,7 @@ from eagerq.errors import StateError
 from eagerq.inputs import runs_for
 from eagerq.surgery import full_copy, meta_copy
 
-from .oracle import Link, Seen, claimed_links, fx_links, operator_links, true_chains
+from .oracle import Link, Seen, begins_chain, claimed_links, fx_links, operator_links, true_chains
 from .rules import claims, neighbours, siblings, torch_fx_refuses
 
 
@@ -59,7 +60,8 @@ class Verdict:
     Attributes:
         false: chains fused that the oracle has not.
         missed: chains of the oracle that are not fused.
-        unexplained: claimed links that no chain holds and no skip names.
+        unexplained: claimed links that no fused chain holds and no skip names, less the chainless ones.
+        chainless: claimed links whose types begin no chain (a norm with another activation than ReLU) and whose norm is in none.
         fx: links that torch.fx and the operators see differently; None where torch.fx cannot trace.
         plain_fx: what plain ``torch.fx.symbolic_trace`` says of the model; None if it traces.
         rules: links that matching neighbours would fuse, by rule: how many are true and how many wrong.
@@ -70,6 +72,7 @@ class Verdict:
     false: tuple[str, ...]
     missed: tuple[str, ...]
     unexplained: tuple[str, ...]
+    chainless: tuple[str, ...]
     fx: tuple[str, ...] | None
     plain_fx: str | None
     rules: dict[str, tuple[int, int]]
@@ -125,8 +128,7 @@ def examine(model: nn.Module, name: str, example_inputs: Any = None) -> tuple[Ro
     looks = looks_for(model, plan, example_inputs)
     links = claimed_links(model, looks)
     expected, refused = true_chains(model, looks)
-    named = [set(skip.names) for skip in plan.skips]
-    unexplained = [f"{a} -> {b}: {why}" for (a, b), why in refused.items() if not any({a, b} <= names for names in named)]
+    unexplained, chainless = unheld(model, plan, links, refused)
     training = model.training
     traced = [seen for mode in (True, False) if (seen := fx_links(model.train(mode))) is not None]
     model.train(training)
@@ -155,13 +157,34 @@ def examine(model: nn.Module, name: str, example_inputs: Any = None) -> tuple[Ro
     return row, Verdict(
         tuple(" + ".join(c) for c in false),
         tuple(" + ".join(c) for c in missed),
-        tuple(unexplained),
+        unexplained,
+        chainless,
         fx,
         plain_fx,
         rules,
         plan_s,
         grown_mb,
     )
+
+
+def unheld(
+    model: nn.Module, plan: eagerq.FusionPlan, links: dict[str, str], refused: dict[Link, str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The claimed links that no fused chain holds and no skip names: those unexplained, and those whose types begin no chain."""
+    modules = dict(model.named_modules())
+    held = {link for match in plan.matches for link in itertools.pairwise(match.names)}
+    inside = {name for match in plan.matches for name in match.names}
+    named = [set(skip.names) for skip in plan.skips]
+    unexplained, chainless = [], []
+    for a, b in links.items():
+        if (a, b) in held or any({a, b} <= names for names in named):
+            continue
+        types = f"{type(modules[a]).__name__} + {type(modules[b]).__name__}"
+        if a not in inside and not begins_chain(modules[a], modules[b]):
+            chainless.append(f"{a} -> {b}: {types} begins no chain")
+        else:
+            unexplained.append(f"{a} -> {b}: {refused.get((a, b), f'{types} is in no chain and named by no skip')}")
+    return tuple(unexplained), tuple(chainless)
 
 
 def judged(claimed: set[Link], links: dict[str, str]) -> tuple[int, int]:

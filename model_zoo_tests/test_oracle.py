@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import eagerq
+from eagerq.nn import intrinsic as nni
 
 from .oracle import fx_links, operator_links, true_chains
 from .rules import claims, neighbours, siblings
+from .structure import examine
 
 
 class Net(nn.Module):
@@ -96,3 +98,36 @@ def test_wrong_fusions_are_seen() -> None:
         wrong = claims(model, rule(model), looks) - links
         assert ("layer1.0.bn2", "layer1.0.act2") in wrong
     assert {match.names for match in eagerq.plan_fusion(model).matches} == chains
+
+
+# --- what no chain holds is accounted for
+
+
+class Taken(nn.Module):
+    """A norm and an activation between two convolutions; the first may be left out."""
+
+    def __init__(self, act: nn.Module, first: bool) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 3, 1) if first else nn.Identity()
+        self.bn, self.act, self.last = nn.BatchNorm2d(3), act, nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.act(self.bn(self.first(x))))
+        return out
+
+
+def test_a_link_whose_types_begin_no_chain_is_said_to() -> None:
+    silu = (nn.SiLU(), {}, ("bn -> act: BatchNorm2d + SiLU begins no chain",))
+    for act, fused, chainless in (silu, (nn.ReLU(), {"BNReLU2d": 1}, ())):
+        row, verdict = examine(Taken(act, first=False), "taken", torch.zeros(2, 3, 4, 4))
+        assert (row.links, row.fused, verdict.unexplained, verdict.chainless) == (1, fused, (), chainless)
+        assert verdict.is_right
+
+
+def test_a_link_that_is_dropped_without_a_word_is_unexplained(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = eagerq.FusionPlan((eagerq.Match(("first", "bn"), nni.ConvBn2d),))
+    monkeypatch.setattr(eagerq, "plan_fusion", lambda model, example_inputs=None: plan)
+    _, verdict = examine(Taken(nn.SiLU(), first=True), "taken", torch.zeros(2, 3, 4, 4))
+    assert verdict.unexplained == ("bn -> act: BatchNorm2d + SiLU is in no chain and named by no skip",)
+    assert verdict.chainless == ()
+    assert not verdict.is_right

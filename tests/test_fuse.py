@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
 import eagerq
-from eagerq.errors import InputsError, PatternError
+from eagerq.errors import InputsError, PatternError, StateError
 from eagerq.nn import intrinsic as nni
 from eagerq.nn import qat as nnqat
 from eagerq.nn.intrinsic import qat as nniqat
@@ -410,6 +410,39 @@ def test_a_plan_for_another_model_is_refused() -> None:
     assert snapshot(model) == before
 
 
+def test_a_plan_is_applied_once() -> None:
+    for model in (straight(), BY_NAME["timm_norm_silu"].model(), nn.Sequential(Basic())):
+        plan = eagerq.plan_fusion(model, example_inputs=image())
+        fused = plan.apply(model)
+        before = snapshot(fused)
+        with pytest.raises(StateError, match=r"already: the plan was applied to this model.*plan again for what is left"):
+            plan.apply(fused)
+        assert snapshot(fused) == before
+        assert plan.apply(eagerq.unfuse_modules(fused)) is not fused
+
+
+class WiredOtherwise(Basic):
+    """Of the same modules under the same names."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(x)
+        out: Tensor = self.act1(self.bn1(y) + y)
+        return out
+
+
+def test_a_plan_for_another_wiring_is_refused() -> None:
+    plan = eagerq.plan_fusion(nn.Sequential(Basic()), example_inputs=image())
+    for model, words in (
+        (nn.Sequential(WiredOtherwise()), r"Basic at '0', found a .*WiredOtherwise.*plan again"),
+        (type("Other", (nn.Sequential,), {})(Basic()), r"Sequential as the model, found a .*Other"),
+    ):
+        before = snapshot(model)
+        for one in (plan, plan.without("0.conv2")):
+            with pytest.raises(PatternError, match=words):
+                one.apply(model)
+        assert snapshot(model) == before
+
+
 def test_a_plan_applies_to_a_copy_of_its_model() -> None:
     model = randomise(nn.Sequential(Basic(), Basic(down=True)))
     plan = eagerq.plan_fusion(model, example_inputs=image())
@@ -430,6 +463,64 @@ def test_a_model_that_cannot_be_copied_is_named() -> None:
     model.lock = threading.Lock()
     with pytest.raises(eagerq.errors.ModelError, match="deepcopy of Made failed"):
         eagerq.fuse_modules(model, example_inputs=image())
+
+
+class Itself(nn.Module):
+    """A part that models share: a copy of one holds the very same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = conv(), bn()
+
+    def __deepcopy__(self, memo: Any) -> Itself:
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.bn(self.conv(x))
+        return out
+
+
+class Student(nn.Module):
+    def __init__(self, teacher: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.bn, self.teacher = conv(), bn(), teacher
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.bn(self.conv(x)) + self.teacher(x)
+        return out
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m, inplace: eagerq.plan_fusion(m, example_inputs=image()),
+        lambda m, inplace: eagerq.fuse_modules(m, example_inputs=image(), inplace=inplace),
+        lambda m, inplace: eagerq.convert_qat(m, example_inputs=image(), inplace=inplace),
+        lambda m, inplace: eagerq.convert_qat(m, inplace=inplace),
+    ],
+    ids=["plan", "fuse", "convert", "convert without inputs"],
+)
+def test_a_part_that_is_not_copied_is_not_touched(call: Callable[[nn.Module, bool], Any], inplace: bool) -> None:
+    for model, words in (
+        (nn.Sequential(Student(Itself()), conv()), r"its '0\.teacher' \(a Itself\) itself, not a copy.*Let Itself\.__deepcopy__"),
+        (Itself(), "gives the model itself, not a copy"),
+    ):
+        next(part for part in model.modules() if isinstance(part, Itself)).register_full_backward_hook(lambda *args: None)
+        before = snapshot(model)
+        with pytest.raises(eagerq.errors.ModelError, match=words):
+            call(model, inplace)
+        assert snapshot(model) == before
+
+
+def test_a_fused_part_that_is_not_copied_is_not_touched() -> None:
+    fused = eagerq.fuse_modules(Student(straight()), example_inputs=image())
+    fused.teacher.__class__ = type("Shared", (type(fused.teacher),), {"__deepcopy__": Itself.__deepcopy__})
+    before = snapshot(fused)
+    for verb in (eagerq.unfuse_modules, eagerq.convert_qat):
+        with pytest.raises(eagerq.errors.ModelError, match="'teacher'"):
+            verb(fused)
+        assert snapshot(fused) == before
 
 
 # --- patterns

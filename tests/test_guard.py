@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import threading
@@ -442,6 +443,34 @@ def test_guards_may_be_nested() -> None:
         with pytest.raises(eagerq.GuardError):
             fused(image(), True)
         fused(image(), False)
+
+
+@pytest.mark.parametrize("switched_on", [False, True])
+def test_a_model_that_returns_nothing_is_asked_too(switched_on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(m: Any, x: Tensor, way: str) -> None:
+        y = m.conv(x)
+        if way == "fails":
+            raise ZeroDivisionError
+        if way == "good":
+            m.bn(y).sum()
+
+    if switched_on:
+        monkeypatch.setenv("EAGERQ_GUARD", "1")
+    fused = eagerq.fuse_modules(Made(run, conv=conv(), bn=bn()), example_inputs=(image(), "good"))
+    assert type(fused.conv) is nni.ConvBn2d
+    with contextlib.nullcontext() if switched_on else eagerq.guard(fused):
+        for _ in range(2):
+            fused(image(), "good")
+            with pytest.raises(ZeroDivisionError):
+                fused(image(), "fails")
+            with pytest.raises(eagerq.GuardError, match="conv ran, and the forward ended without its output having reached bn"):
+                fused(image(), "bad")
+            try:
+                raise KeyError  # a forward that runs while an exception is handled, as in a retry
+            except KeyError:
+                fused(image(), "good")
+                with pytest.raises(eagerq.GuardError, match="the forward ended without"):
+                    fused(image(), "bad")
 
 
 # --- refusals

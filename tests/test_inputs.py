@@ -142,7 +142,8 @@ def test_no_more_is_taken_than_is_watched() -> None:
         ([image(), 3], "found int as item 1 of a list"),
         (iter(["text"]), "found str as item 0"),
         (TensorDataset(images()), "found TensorDataset"),
-        (image().numpy(), "found ndarray as item 0"),
+        (image().numpy(), r"found ndarray; of an array make a tensor, torch\.from_numpy\(array\)"),
+        ([image().numpy()], r"found ndarray as item 0 of a list; of an array make a tensor"),
     ],
 )
 def test_other_forms_are_refused(inputs: Any, words: str) -> None:
@@ -186,6 +187,18 @@ def test_labels_are_named(model: Callable[[], nn.Module], inputs: Callable[[], A
     with pytest.raises(InputsError, match=words):
         eagerq.plan_fusion(one, example_inputs=inputs())
     assert snapshot(one) == before
+
+
+@pytest.mark.parametrize("inputs", [lambda: [image(), image()], image, lambda: {"x": image()}], ids=["list", "tensor", "dict"])
+def test_an_argument_that_is_missing_is_named(inputs: Callable[[], Any]) -> None:
+    def add(self: Any, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
+        return self.relu(self.bn(self.conv(x + y))) * scale
+
+    with pytest.raises(
+        InputsError, match=r"Net.forward also wants y: .* a tuple, \(x, y, scale\).*a list is a forward of its own"
+    ):
+        eagerq.plan_fusion(net(add), example_inputs=inputs())
+    assert found(eagerq.plan_fusion(net(add), example_inputs=(image(), image()))) == STRAIGHT
 
 
 def test_what_a_hook_makes_fit_is_not_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -21,6 +22,7 @@ from eagerq.record import Record
 from tests.nets import Step, call, cloned, differences, found, snapshot, step, tensors
 from tests.program_truth import Truth
 from tests.programs import SHAPE, Program, described, programs
+from tests.stopping import lines_run
 
 laws = settings(
     max_examples=max(40, settings().max_examples),
@@ -177,14 +179,19 @@ STEPS: tuple[tuple[Any, str], ...] = (
 )
 
 
-@laws
-@given(programs(), st.sampled_from(STEPS), st.booleans())
-def test_applying_is_all_or_nothing(program: Program, failing: tuple[Any, str], at_the_end: bool) -> None:
-    show(program)
+def applicable(program: Program) -> tuple[eagerq.FusionPlan, nn.Module]:
+    """A plan for the first part of a model; the second is fused, and its record is taken over."""
     part, held = program.build(), eagerq.fuse_modules(program.build(), example_inputs=program.runs(image()))
     plan = eagerq.plan_fusion(part, example_inputs=program.runs(image()))
-    plan = eagerq.FusionPlan(tuple(match.inside("0") for match in plan.matches))
-    model = nn.Sequential(part, held)  # the record of the second is taken over
+    return eagerq.FusionPlan(tuple(match.inside("0") for match in plan.matches)), nn.Sequential(part, held)
+
+
+@laws
+@given(programs(), st.sampled_from(STEPS), st.booleans(), st.booleans())
+def test_applying_is_all_or_nothing(program: Program, failing: tuple[Any, str], at_the_end: bool, done: bool) -> None:
+    """Whether the first or the last call of a step fails, before or after its effect."""
+    show(program)
+    plan, model = applicable(program)
     before = snapshot(model)
     original = getattr(*failing)
     calls: list[None] = []
@@ -192,9 +199,13 @@ def test_applying_is_all_or_nothing(program: Program, failing: tuple[Any, str], 
 
     def step_of(*args: Any, **kwargs: Any) -> Any:
         calls.append(None)
-        if len(calls) == last:
+        fails = len(calls) == last
+        if fails and not done:
             raise MemoryError("out of memory")
-        return original(*args, **kwargs)
+        result = original(*args, **kwargs)
+        if fails:
+            raise MemoryError("out of memory")
+        return result
 
     with mock.patch.object(*failing, step_of):
         plan.apply(copy.deepcopy(model))
@@ -205,6 +216,26 @@ def test_applying_is_all_or_nothing(program: Program, failing: tuple[Any, str], 
         with pytest.raises(MemoryError):
             plan.apply(model)
     assert snapshot(model) == before
+
+
+@settings(laws, max_examples=40)
+@given(programs(), st.lists(st.floats(0, 1), min_size=4, max_size=16))
+def test_whatever_stops_half_way_leaves_the_model_as_it_was(program: Program, shares: list[float]) -> None:
+    """Applying a plan and un-fusing in place, stopped at any line of what they change the model by."""
+    show(program)
+    plan, model = applicable(program)
+    outside = ("apply", "unfuse_modules", "all_or_nothing")  # what is past these has come to its end, or puts things back
+    for verb in (plan.apply, lambda m: eagerq.unfuse_modules(m, inplace=True)):
+        before = snapshot(model)
+        verb(copy.deepcopy(model))  # fills caches, so that each run has as many lines
+        lines = lines_run(functools.partial(verb, copy.deepcopy(model)), outside)
+        for share in shares:
+            stop_at = 1 + int(share * (lines - 1))
+            note(f"line {stop_at} of {lines}")
+            with pytest.raises(MemoryError):
+                lines_run(functools.partial(verb, model), outside, stop_at)
+            assert snapshot(model) == before
+        model = verb(model)
 
 
 # --- guarding

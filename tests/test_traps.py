@@ -103,6 +103,25 @@ class KeepsEval(Made):
         return self
 
 
+class Freezes(Made):
+    """Freezes its norm's parameters in each mode, as fine-tuning does."""
+
+    def train(self, mode: bool = True) -> Freezes:
+        super().train(mode)
+        for parameter in self.bn.parameters():
+            parameter.requires_grad_(False)
+        return self
+
+
+class Thaws(Made):
+    """Trains its convolution's bias in eval mode only."""
+
+    def train(self, mode: bool = True) -> Thaws:
+        super().train(mode)
+        self.conv.bias.requires_grad_(not mode)
+        return self
+
+
 def sets(name: str, value: Any) -> Callable[[Any, Tensor], Tensor]:
     """A forward that sets an attribute of the norm between conv and norm."""
 
@@ -329,6 +348,10 @@ TRAPS = (
     Net("keeps_eval", lambda: KeepsEval(straight, conv=conv(), bn=bn(), relu=nn.ReLU()).eval(), (), {
         "conv bn relu": "train(True) leaves bn in eval mode"}),
     Net("keeps_eval_from_the_start", lambda: KeepsEval(straight, conv=conv(), bn=bn(), relu=nn.ReLU()).train(), ALL),
+    Net("freezes", lambda: Freezes(straight, conv=conv(), bn=bn(), relu=nn.ReLU()), (), {
+        "conv bn relu": "train(False) sets bn.weight.requires_grad to False, which it does not reach once fused"}),
+    Net("freezes_from_the_start", lambda: Freezes(straight, conv=conv(), bn=bn(), relu=nn.ReLU()).train(), ALL),
+    Net("thaws_what_the_fused_has_too", lambda: Thaws(straight, conv=conv(), bn=bn(), relu=nn.ReLU()), ALL),
     Net("sets_mode", net(sets("training", False)), (), {"conv bn relu": "bn.training is False when bn runs and True once fused"}),
     Net("sets_momentum", net(sets("momentum", 0.5)), (), {"conv bn relu": "bn.momentum is 0.5 when bn runs and 0.1 once"}),
     Net("sets_eps", net(sets("eps", 0.5)), (), {"conv bn relu": "bn.eps is 0.5 when bn runs and 1e-05 once"}),

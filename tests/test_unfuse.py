@@ -366,6 +366,76 @@ def test_a_chain_that_was_changed_is_named() -> None:
         eagerq.unfuse_modules(fused)
 
 
+def appended(m: Any) -> None:
+    m.conv.append(nn.Sigmoid())
+
+
+def inserted(m: Any) -> None:
+    m.conv.insert(1, nn.Dropout())
+
+
+def removed(m: Any) -> None:
+    del m.conv[2]
+
+
+def of_another_type(m: Any) -> None:
+    m.conv[2] = nn.Sigmoid()
+
+
+def with_state_hook(m: Any) -> None:
+    m.conv.register_state_dict_post_hook(lambda *args: None)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (appended, "ConvBnReLU2d wants 3 modules, found 4; they were changed since"),
+        (inserted, "wants 3 modules, found 4"),
+        (removed, "wants 3 modules, found 2"),
+        (of_another_type, r"wants ReLU as member 2, found torch\.nn\.modules\.activation\.Sigmoid"),
+        (
+            lambda m: setattr(m.conv, "gain", 3),
+            "ConvBnReLU2d at 'conv' beside what fusing put there, found gain, which would be lost",
+        ),
+        (lambda m: m.conv.register_parameter("scale", nn.Parameter(torch.ones(1))), "found scale, which"),
+        (lambda m: m.conv.register_buffer("table", torch.ones(1), persistent=False), "found table, which"),
+        (with_state_hook, "found _state_dict_hooks, which"),
+        (lambda m: setattr(m.bn, "momentum", 0.5), "the Identity at 'bn' beside what fusing put there, found momentum"),
+    ],
+)
+def test_what_would_be_lost_is_refused(change: Callable[[Any], None], words: str) -> None:
+    fused = eagerq.fuse_modules(straight(), example_inputs=image())
+    change(fused)
+    before = snapshot(fused)
+    for inplace in (False, True):
+        with pytest.raises(StateError, match=words):
+            eagerq.unfuse_modules(fused, inplace=inplace)
+        assert snapshot(fused) == before
+
+
+def test_a_member_of_its_type_put_in_since_comes_back() -> None:
+    fused = eagerq.fuse_modules(straight(), example_inputs=image())
+    fused.conv[1] = randomise(nn.BatchNorm2d(C, momentum=0.5))
+    assert eagerq.unfuse_modules(fused, inplace=True).bn.momentum == 0.5
+
+
+class Learned(nni.Fused, chain=(nn.Conv2d, nn.BatchNorm2d, nn.ReLU)):
+    """A fused class with attributes and state of its own, which fusing brings and un-fusing takes away."""
+
+    def __init__(self, *members: nn.Module) -> None:
+        super().__init__(*members)
+        self.gain = 1.0
+        self.scale = nn.Parameter(torch.ones(1))
+
+
+def test_what_a_fused_class_has_by_itself_is_no_matter() -> None:
+    model = straight()
+    before = tree(model)
+    fused = eagerq.fuse_modules(model, eagerq.DEFAULT_PATTERNS.replacing(Learned), image())
+    assert type(fused.conv) is Learned
+    assert tree(eagerq.unfuse_modules(fused)) == before
+
+
 @pytest.mark.parametrize("nth", [0, 1])
 @pytest.mark.parametrize("name", ["replace_modules", "_carry_over", "share_hooks", "detach", "_apart", "stop_guarding"])
 def test_all_or_nothing(name: str, nth: int, monkeypatch: pytest.MonkeyPatch) -> None:

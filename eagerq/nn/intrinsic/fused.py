@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -15,6 +16,18 @@ Alternatives = tuple[type[nn.Module], ...]
 def type_name(cls: type) -> str:
     """The full path of a class."""
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def misfit(cls: type[Fused], members: Sequence[nn.Module]) -> str | None:
+    """What these modules are beside the chain of ``cls`` (what it wants, what was found), or None if they are its members."""
+    if len(members) != len(cls.chain):
+        return f"{cls.__name__} wants {len(cls.chain)} modules, found {len(members)}"
+    for i, (member, types) in enumerate(zip(members, cls.chain, strict=True)):
+        if not isinstance(member, types):
+            return (
+                f"{cls.__name__} wants {' or '.join(t.__name__ for t in types)} as member {i}, found {type_name(type(member))}"
+            )
+    return None
 
 
 class Fused(nn.Sequential):
@@ -38,15 +51,9 @@ class Fused(nn.Sequential):
             cls.chain = tuple(entry if isinstance(entry, tuple) else (entry,) for entry in chain)
 
     def __init__(self, *members: nn.Module) -> None:
-        wanted = self.chain
-        if len(members) != len(wanted):
-            raise PatternError(f"{type(self).__name__} wants {len(wanted)} modules, found {len(members)}.")
-        for i, (member, types) in enumerate(zip(members, wanted, strict=True)):
-            if not isinstance(member, types):
-                raise PatternError(
-                    f"{type(self).__name__} wants {' or '.join(t.__name__ for t in types)} as member {i},"
-                    f" found {type_name(type(member))}; pass such a module or use another fused class."
-                )
+        wrong = misfit(type(self), members)
+        if wrong is not None:
+            raise PatternError(f"{wrong}; pass such modules or use another fused class.")
         super().__init__(*members)
         self.training = any(member.training for member in members)
 
