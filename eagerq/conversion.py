@@ -15,9 +15,10 @@ from eagerq.dataflow import Watched, watch, watch_copy
 from eagerq.errors import InputsError, SpecError, StateError
 from eagerq.inputs import Inputs
 from eagerq.nn.intrinsic.fused import Fused, type_name
-from eagerq.nn.intrinsic.qat.mixins import WithAct
+from eagerq.nn.modules.batchnorm import is_foldable
 from eagerq.nn.qat.activations import QUANTIZING
 from eagerq.nn.qat.base import QATBase, QATOp
+from eagerq.nn.qat.mixins import LoneNorm, WithAct
 from eagerq.patterns import Patterns
 from eagerq.placement import Quantizable, Site, place, place_at_inputs
 from eagerq.quant.fake_quantize import FakeQuantize, disable_fake_quant
@@ -62,6 +63,8 @@ class Conversion:
             types = (type(module), type(source), *(type(m) for m in module.children()))
             used.update(rule for rule, _ in mapping.rules if any(selects(rule, alias, types) for alias in self.names[module]))
             refusal = self._refusal(module)
+            if refusal is None and issubclass(qat, LoneNorm) and not is_foldable(source):
+                refusal = "it keeps no running statistics, so that it is no fixed map in eval"
             config = next((c for alias in self.names[module] for c in [mapping.lookup(alias, types)]), None)
             if refusal is not None:
                 self.why_float[name] = refusal

@@ -25,9 +25,9 @@ from torch._dynamo.testing import CompileCounter
 import eagerq
 from eagerq.nn import qat as nnqat
 from eagerq.nn.intrinsic import qat as nniqat
-from eagerq.nn.intrinsic.qat.mixins import WithAct, WithBn
 from eagerq.nn.modules.batchnorm import is_plain_norm
 from eagerq.nn.qat import split
+from eagerq.nn.qat.mixins import WithAct, WithBn
 from eagerq.quant import FakeQuantize, QuantSpec, operators
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch's own compiler

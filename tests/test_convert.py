@@ -629,7 +629,7 @@ def test_unfused_models_convert_too() -> None:
     model = small()
     qat = eagerq.convert_qat(model, example_inputs=picture())
     assert type(qat.stem[0]) is nnqat.Conv2d
-    assert type(qat.stem[1]) is nn.BatchNorm2d
+    assert type(qat.stem[1]) is nnqat.BatchNorm2d
     train(qat)
     assert torch.equal(eagerq.convert(qat)(picture(9)), qat.eval()(picture(9)))
 

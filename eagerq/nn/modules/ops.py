@@ -91,6 +91,19 @@ class ConvOp(Op):
         return out
 
 
+class ScaleOp(ConvOp):
+    """Depthwise convolution of size 1, ``y[:, c] = x[:, c] weight[c] + bias[c]``; weight ``(C, 1, ..., 1)``."""
+
+    casts = False
+
+    def op(self, input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.onnx.is_in_onnx_export():  # where engines have an integer kernel
+            return ConvOp.op(self, input, weight, bias)  # by name: deployed modules call it as theirs
+        shape = (1, -1, *(1,) * (weight.dim() - 2))
+        out = input * weight.reshape(shape)
+        return (out if bias is None else out + bias.reshape(shape)).to(input.dtype)
+
+
 class ConvTransposeOp(Op):
     """Transposed convolution of any width; weight ``(in, out/groups, *k)``."""
 
