@@ -63,13 +63,16 @@ class Conversion:
             types = (type(module), type(source), *(type(m) for m in module.children()))
             used.update(rule for rule, _ in mapping.rules if any(selects(rule, alias, types) for alias in self.names[module]))
             refusal = self._refusal(module)
-            if refusal is None and issubclass(qat, LoneNorm) and not is_foldable(source):
+            lone = issubclass(qat, LoneNorm)
+            if refusal is None and lone and not is_foldable(source):
                 refusal = "it keeps no running statistics, so that it is no fixed map in eval"
             config = next((c for alias in self.names[module] for c in [mapping.lookup(alias, types)]), None)
             if refusal is not None:
                 self.why_float[name] = refusal
             elif config is None or (config.activation is None and config.weight is None):
                 self.why_float[name] = "kept float by the qconfig"
+            elif lone and config.activation is None:
+                self.why_float[name] = "the qconfig quantizes weights alone, and a norm has few of them"
             else:
                 self.quantizable[name] = Quantizable(config, qat)
         unused = [rule for rule, _ in mapping.rules if rule not in used]
