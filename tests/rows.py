@@ -265,5 +265,7 @@ PARTS = frozenset({"Fused", "FusedNorm", "LoneNorm", "NormActQAT", "WithAct", "W
 
 FUSED_ROWS = tuple(row for row in ROWS if row.fused is not None)
 OP_ROWS = tuple(row for row in ROWS if row.op is not None)
+LONE_ROWS = tuple(row for row in ROWS if row.op is None and row.fused is None)
+HOST_ROWS = (*OP_ROWS, *LONE_ROWS)
 NORM_ROWS = tuple(row for row in ROWS if row.norm is not None)
 FOLDING_ROWS = tuple(row for row in NORM_ROWS if row.op is not None)

@@ -15,6 +15,8 @@ from rows import (
     FOLDING_ROWS,
     GEOMETRIES,
     GROUPED,
+    HOST_ROWS,
+    LONE_ROWS,
     NORM_ROWS,
     OP_ROWS,
     PLAIN,
@@ -30,11 +32,12 @@ import eagerq
 import eagerq.nn
 from eagerq.errors import ModelError
 from eagerq.nn import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
-from eagerq.nn import qat as nnqat
 from eagerq.quant import PRESETS, QConfig, QuantSpec
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=str)
 every_op = pytest.mark.parametrize("row", OP_ROWS, ids=str)
+every_host = pytest.mark.parametrize("row", HOST_ROWS, ids=str)
+every_lone = pytest.mark.parametrize("row", LONE_ROWS, ids=str)
 every_norm = pytest.mark.parametrize("row", NORM_ROWS, ids=str)
 every_fused_norm = pytest.mark.parametrize("row", [row for row in NORM_ROWS if row.fused is not None], ids=str)
 every_preset = pytest.mark.parametrize("preset", sorted(PRESETS))
@@ -227,7 +230,7 @@ SPECS = [
 ]
 
 
-@every_op
+@every_host
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_buffers_have_their_final_shape_at_construction(row: Row, spec: QuantSpec) -> None:
     for g in (PLAIN, GROUPED):
@@ -252,7 +255,7 @@ def test_state_dict_keys_are_those_of_torch_ao(row: Row) -> None:
     keys: list[str] = quantizer_keys("activation_post_process")
     if row.op is not None:
         keys += ["weight"] if row.op is nn.Embedding else ["weight", "bias"]
-    if issubclass(row.qat, nnqat.QATOp):
+    if row in HOST_ROWS:
         keys += quantizer_keys("weight_fake_quant")
         if row.op is not nn.Embedding:
             keys += quantizer_keys("input_fake_quant")
@@ -323,6 +326,30 @@ def test_flags_are_saved_too(row: Row) -> None:
     assert torch.equal(fresh.eval()(x), q.eval()(x))
 
 
+@every_lone
+def test_a_float_norms_state_loads_into_a_lone_norm(row: Row) -> None:
+    state = row.chain(seed=7)[0].state_dict()
+    kept = copy.deepcopy(state)
+    q = row.trained()
+    found = q.load_state_dict(state, strict=False)
+    assert found.unexpected_keys == []
+    assert all("quant" in key or "post_process" in key for key in found.missing_keys)
+    assert_equal_states(q.bn.state_dict(), kept)
+    assert_equal_states(state, kept)
+
+
+@every_norm
+def test_sync_batch_norms_take_the_place_of_norms_inside(row: Row) -> None:
+    for preset in ("onnxruntime", "per_tensor"):
+        q = row.trained(qconfig=preset).eval()
+        x = row.input(seed=40)
+        wanted = q(x)
+        synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(q))
+        assert type(synchronised) is type(q)
+        assert type(synchronised.norm()) is nn.SyncBatchNorm
+        assert torch.equal(synchronised(x), wanted)
+
+
 # --- precision
 
 
@@ -388,7 +415,7 @@ def test_double_computes_in_double(row: Row) -> None:
         assert all(v.dtype == torch.float64 for k, v in q.state_dict().items() if k.endswith(("scale", "min_val", "weight")))
         assert q(row.input(dtype=torch.float64)).dtype == torch.float64
         fresh = row.to_qat(row.chain(dtype=torch.float64), preset)
-        if row.op is not None:
+        if row in HOST_ROWS:
             assert fresh.weight_fake_quant.scale.dtype == torch.float64
         # not one value went through float32: moving the weights by less than its spacing moves the output
         fresh.apply(eagerq.disable_fake_quant).eval()
