@@ -16,6 +16,7 @@ from eagerq.errors import InputsError, SpecError, StateError
 from eagerq.inputs import Inputs
 from eagerq.nn.intrinsic.fused import Fused, type_name
 from eagerq.nn.modules.batchnorm import is_foldable
+from eagerq.nn.modules.hooks import POST_HOOKS, PRE_HOOKS, share_hooks
 from eagerq.nn.qat.activations import QUANTIZING
 from eagerq.nn.qat.base import QATBase, QATOp
 from eagerq.nn.qat.mixins import LoneNorm, WithAct
@@ -207,6 +208,7 @@ class Conversion:
             qat: QATBase = q.qat.from_float(source, q.qconfig)  # type: ignore[attr-defined]
             if source is not module:
                 qat.training = module.training
+                share_hooks(qat, [module], (*PRE_HOOKS, *POST_HOOKS))
             new[module] = qat_modules[name] = qat
             for alias in aliases[module]:
                 old_keys = {id(t): full_name(alias, k) for k, t in module.state_dict(keep_vars=True).items()}

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers import BatchNormAct2d, Conv2dSame, DropPath
 from torch import Tensor, nn
 
 import eagerq
@@ -647,6 +647,26 @@ def test_hooks_fire_once_in_each_form() -> None:
             counts.clear()
             form.train(mode)(picture())
             assert counts == {"pre": 1, "relu": 1, "bn": 1, "fc": 1}
+
+
+@pytest.mark.parametrize("layer", [lambda: Conv2dSame(C, C, 3), lambda: BatchNormAct2d(C, apply_act=False), bn, conv])
+@pytest.mark.parametrize("mode", [True, False])
+def test_hooks_of_modules_that_are_not_fused_fire_once(layer: Callable[[], nn.Module], mode: bool) -> None:
+    counts: Counter[str] = Counter()
+    model = nn.Sequential(conv(), nn.MaxPool2d(2), layer())
+    handles: tuple[Any, ...] = (
+        model[2].register_forward_pre_hook(lambda *a: counts.update(["pre"])),
+        model[2].register_forward_hook(lambda *a: counts.update(["post"])),
+    )
+    qat = eagerq.convert_qat(model, example_inputs=image(), inplace=True)
+    assert isinstance(qat[2], QATOp)
+    for left in ({"pre": 1, "post": 1}, {"post": 1}, {}):
+        counts.clear()
+        qat.train(mode)(image())
+        assert counts == left
+        for handle in handles[:1]:
+            handle.remove()
+        handles = handles[1:]
 
 
 def test_freezing_statistics_of_a_whole_model() -> None:
