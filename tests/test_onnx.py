@@ -170,7 +170,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 
 class Stands(nn.Module):
-    """A norm that stands alone between two convolutions, and a softmax behind them."""
+    """A norm and a ReLU with no convolution of their own before them, between two; and a softmax behind them."""
 
     def __init__(self, softmax: bool) -> None:
         super().__init__()

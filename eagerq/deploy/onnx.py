@@ -54,7 +54,7 @@ def export_onnx(
         example_inputs: as for ``plan_fusion``; None takes those the model was fused or converted with.
         opset: ONNX operator set, 17 to 23.
         strict: refuse a file in which ONNX Runtime runs, in float, a linear map with integer weights or another operation
-            between quantized tensors (a norm that stands alone is known to run so).
+            between quantized tensors (a norm that stayed float is known to run so).
 
     Returns:
         An ``Export``: the path written, which it can be used as, and the engine's kernels.
