@@ -15,9 +15,11 @@ from eagerq.dataflow import Watched, watch, watch_copy
 from eagerq.errors import InputsError, SpecError, StateError
 from eagerq.inputs import Inputs
 from eagerq.nn.intrinsic.fused import Fused, type_name
-from eagerq.nn.intrinsic.qat.mixins import WithAct
+from eagerq.nn.modules.batchnorm import is_foldable
+from eagerq.nn.modules.hooks import POST_HOOKS, PRE_HOOKS, share_hooks
 from eagerq.nn.qat.activations import QUANTIZING
 from eagerq.nn.qat.base import QATBase, QATOp
+from eagerq.nn.qat.mixins import LoneNorm, WithAct
 from eagerq.patterns import Patterns
 from eagerq.placement import Quantizable, Site, place, place_at_inputs
 from eagerq.quant.fake_quantize import FakeQuantize, disable_fake_quant
@@ -62,11 +64,16 @@ class Conversion:
             types = (type(module), type(source), *(type(m) for m in module.children()))
             used.update(rule for rule, _ in mapping.rules if any(selects(rule, alias, types) for alias in self.names[module]))
             refusal = self._refusal(module)
+            lone = issubclass(qat, LoneNorm)
+            if refusal is None and lone and not is_foldable(source):
+                refusal = "it keeps no running statistics, so that it is no fixed map in eval"
             config = next((c for alias in self.names[module] for c in [mapping.lookup(alias, types)]), None)
             if refusal is not None:
                 self.why_float[name] = refusal
             elif config is None or (config.activation is None and config.weight is None):
                 self.why_float[name] = "kept float by the qconfig"
+            elif lone and config.activation is None:
+                self.why_float[name] = "the qconfig quantizes weights alone, and a norm has few of them"
             else:
                 self.quantizable[name] = Quantizable(config, qat)
         unused = [rule for rule, _ in mapping.rules if rule not in used]
@@ -201,6 +208,7 @@ class Conversion:
             qat: QATBase = q.qat.from_float(source, q.qconfig)  # type: ignore[attr-defined]
             if source is not module:
                 qat.training = module.training
+                share_hooks(qat, [module], (*PRE_HOOKS, *POST_HOOKS))
             new[module] = qat_modules[name] = qat
             for alias in aliases[module]:
                 old_keys = {id(t): full_name(alias, k) for k, t in module.state_dict(keep_vars=True).items()}

@@ -13,8 +13,8 @@ from typing import Literal
 
 from torch import nn
 
-from eagerq.nn.intrinsic.qat.mixins import HoldsAct
 from eagerq.nn.modules.ops import EmbeddingOp, LinearOp
+from eagerq.nn.qat.mixins import HoldsAct
 from eagerq.quant.spec import QConfig, QuantSpec
 from eagerq.trace import Call, Trace
 

@@ -203,7 +203,7 @@ def attach_quantizers(row: Row, q: Any, qconfig: Any, dtype: torch.dtype = torch
     """Quantize the module's input and output, as ``convert_qat`` may decide."""
     spec = get_qconfig(qconfig).activation
     if spec is not None:
-        if row.op not in (None, nn.Embedding):
+        if isinstance(q, nnqat.QATOp) and row.op is not nn.Embedding:
             q.input_fake_quant = FakeQuantize(spec).to(dtype)
         q.activation_post_process = FakeQuantize(spec).to(dtype)
 
@@ -254,14 +254,18 @@ ROWS: tuple[Row, ...] = (
     Row("LinearAct", nn.Linear, None, nn.PReLU),
     Row("BNReLU2d", None, nn.BatchNorm2d, nn.ReLU),
     Row("BNReLU3d", None, nn.BatchNorm3d, nn.ReLU),
+    Row("BatchNorm2d", None, nn.BatchNorm2d),
+    Row("BatchNorm3d", None, nn.BatchNorm3d),
     Row("Conv2dSame", eagerq.nn.Conv2dSame),
     Row("Linear", nn.Linear),
     Row("Embedding", nn.Embedding),
 )
 #: Classes of those packages that are no case: the parts the others are made of.
-PARTS = frozenset({"Fused", "FusedNorm", "NormActQAT", "WithAct", "WithBn", "QATBase", "QATOp"})
+PARTS = frozenset({"Fused", "FusedNorm", "LoneNorm", "NormActQAT", "WithAct", "WithBn", "QATBase", "QATOp"})
 
 FUSED_ROWS = tuple(row for row in ROWS if row.fused is not None)
 OP_ROWS = tuple(row for row in ROWS if row.op is not None)
+LONE_ROWS = tuple(row for row in ROWS if row.op is None and row.fused is None)
+HOST_ROWS = (*OP_ROWS, *LONE_ROWS)
 NORM_ROWS = tuple(row for row in ROWS if row.norm is not None)
 FOLDING_ROWS = tuple(row for row in NORM_ROWS if row.op is not None)

@@ -25,10 +25,11 @@ from torch._dynamo.testing import CompileCounter
 import eagerq
 from eagerq.nn import qat as nnqat
 from eagerq.nn.intrinsic import qat as nniqat
-from eagerq.nn.intrinsic.qat.mixins import WithAct, WithBn
 from eagerq.nn.modules.batchnorm import is_plain_norm
 from eagerq.nn.qat import split
+from eagerq.nn.qat.mixins import WithAct, WithBn
 from eagerq.quant import FakeQuantize, QuantSpec, operators
+from tests.test_exact import Branches
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch's own compiler
 
@@ -137,6 +138,7 @@ NETS: dict[str, Any] = {
     "efficientnet": lambda: EfficientNet(
         _blocks("ds_r1_k3_s1_c8_se0.25", "ir_r1_k3_s2_e2_c8_se0.25"), act_layer=nn.SiLU, **_SLIM
     ),
+    "branches": Branches,
     "convnext": lambda: ConvNeXt(num_classes=4, depths=(1, 1, 1, 1), dims=(8, 16, 16, 24)),
 }
 FORMS = ["decomposed", "operators"]
@@ -223,9 +225,10 @@ def applied(verb: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "form"), [*((n, "decomposed") for n in NETS), ("mobilenetv2", "operators"), ("efficientnet", "operators")],
+    ("name", "form"),
+    [*((n, "decomposed") for n in NETS), *((n, "operators") for n in ("mobilenetv2", "efficientnet", "branches"))],
     indirect=["form"],
-)  # fmt: skip
+)
 def test_a_real_net_is_one_graph(name: str, form: str) -> None:
     torch.manual_seed(0)
     pair = Pair(NETS[name]())

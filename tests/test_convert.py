@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers import BatchNormAct2d, Conv2dSame, DropPath
 from torch import Tensor, nn
 
 import eagerq
@@ -532,7 +532,7 @@ def test_what_stays_float_has_a_reason() -> None:
         conv=conv(),
         own=ConvOfOwn(C, C, 1),
         never=conv(),
-        alone=bn(),
+        alone=nn.BatchNorm2d(C, track_running_stats=False),
         norm=nn.GroupNorm(2, C),
         old=torch.nn.utils.parametrizations.weight_norm(conv()),
     )
@@ -542,7 +542,7 @@ def test_what_stays_float_has_a_reason() -> None:
     assert left["never"] == "it did not run in the watched forward"
     assert "no QAT form is known for" in left["own"]
     assert "ConvOfOwn" in left["own"]
-    assert "BatchNorm2d" in left["alone"]
+    assert left["alone"].startswith("it keeps no running statistics")
     assert "GroupNorm" in left["norm"]
     assert left[""].endswith("Made and its own parameters: kernel")
     assert "ParametrizedConv2d" in left["old"]
@@ -629,7 +629,7 @@ def test_unfused_models_convert_too() -> None:
     model = small()
     qat = eagerq.convert_qat(model, example_inputs=picture())
     assert type(qat.stem[0]) is nnqat.Conv2d
-    assert type(qat.stem[1]) is nn.BatchNorm2d
+    assert type(qat.stem[1]) is nnqat.BatchNorm2d
     train(qat)
     assert torch.equal(eagerq.convert(qat)(picture(9)), qat.eval()(picture(9)))
 
@@ -647,6 +647,26 @@ def test_hooks_fire_once_in_each_form() -> None:
             counts.clear()
             form.train(mode)(picture())
             assert counts == {"pre": 1, "relu": 1, "bn": 1, "fc": 1}
+
+
+@pytest.mark.parametrize("layer", [lambda: Conv2dSame(C, C, 3), lambda: BatchNormAct2d(C, apply_act=False), bn, conv])
+@pytest.mark.parametrize("mode", [True, False])
+def test_hooks_of_modules_that_are_not_fused_fire_once(layer: Callable[[], nn.Module], mode: bool) -> None:
+    counts: Counter[str] = Counter()
+    model = nn.Sequential(conv(), nn.MaxPool2d(2), layer())
+    handles: tuple[Any, ...] = (
+        model[2].register_forward_pre_hook(lambda *a: counts.update(["pre"])),
+        model[2].register_forward_hook(lambda *a: counts.update(["post"])),
+    )
+    qat = eagerq.convert_qat(model, example_inputs=image(), inplace=True)
+    assert isinstance(qat[2], QATOp)
+    for left in ({"pre": 1, "post": 1}, {"post": 1}, {}):
+        counts.clear()
+        qat.train(mode)(image())
+        assert counts == left
+        for handle in handles[:1]:
+            handle.remove()
+        handles = handles[1:]
 
 
 def test_freezing_statistics_of_a_whole_model() -> None:

@@ -91,6 +91,26 @@ class Gate(nn.Module):
         return self.head(self.flat(self.pool(self.last(x))))
 
 
+class Branches(nn.Module):
+    """A block of RepVGG: two convolutions and a norm of the input itself, added; behind it a norm that nothing is added to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.wide = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
+        self.narrow = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8))
+        self.identity, self.sum, self.act = nn.BatchNorm2d(8), nn.Identity(), nn.ReLU(inplace=True)
+        self.pool, self.norm, self.last, self.head = nn.MaxPool2d(2), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+        self.mean, self.flat = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.sum(self.narrow(x) + self.wide(x))
+        y += self.identity(x)
+        x = self.last(self.norm(self.pool(self.act(y))))
+        return self.head(self.flat(self.mean(x)))
+
+
 def plus(a: Tensor, b: Tensor) -> Tensor:
     return a + b
 
@@ -146,6 +166,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "hard_gate": lambda: Gate(nn.Hardsigmoid()),
     "pyramid": Pyramid,
     "spatial": Spatial,
+    "branches": Branches,
     "mobilenet": lambda: timm.create_model("mobilenetv3_small_050", num_classes=10),
     "resnet": lambda: timm.create_model("resnet10t", num_classes=10),
 }

@@ -39,6 +39,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "densenet (norm + activation before the convolution)": lambda: timm.create_model("densenet121", num_classes=10),
     "tf_efficientnet (padded convolutions)": lambda: timm.create_model("tf_efficientnet_lite0", num_classes=10),
     "wrapped": nested_after,
+    "norms that fold into nothing": lambda: nn.Sequential(
+        nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), timm.layers.BatchNormAct2d(4, apply_act=False), nn.Conv2d(4, 2, 3)
+    ),
     "prelu": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.PReLU(4), nn.Conv2d(4, 2, 3, bias=False)),
 }
 

@@ -36,7 +36,7 @@ from tests.test_exact import MOVES, NETS, Added, qat_of
 
 PROFILE = PROFILES["onnxruntime-x64"]
 BYTES = EngineProfile("onnxruntime-x64", 1, "int8")
-OP_ROWS = [row for row in ROWS if row.norm is None and row.act is None and row.op is not nn.Embedding]
+OP_ROWS = [row for row in ROWS if (row.norm is None or row.op is None) and row.act is None and row.op is not nn.Embedding]
 in_kernels = pytest.mark.skipif(bool(int8.refusal()), reason=f"no exact integer kernels here: {int8.refusal()}")
 
 signs = st.booleans()
@@ -150,6 +150,25 @@ def test_sums_beyond_float32_are_rounded_once(
     assert isinstance(sums, Sums)
     wanted = exact_sums(op, x, float(grid.zero_point), weight, offset)
     assert torch.equal(sums.of(x), wanted)
+
+
+@pytest.mark.skipif("fails" in int8.refusal() or "has no" in int8.refusal(), reason=f"no kernels here: {int8.refusal()}")
+@pytest.mark.parametrize("shape", [(3, 17, 5, 7), (2, 32, 1, 1), (2, 5, 3, 4, 2)], ids=str)
+@pytest.mark.parametrize("zero", [0, 113])
+def test_a_norm_that_folds_into_nothing_has_integer_kernels(
+    shape: tuple[int, ...], zero: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sum has one product, which saturates on no processor."""
+    monkeypatch.setattr(int8, "refusal", str)
+    channels = shape[1]
+    op = (eagerq.nn.qat.BatchNorm2d if len(shape) == 4 else eagerq.nn.qat.BatchNorm3d)(channels)
+    weight = (127 * drawn(0, 0, 1, op.weight.shape, "all") * 2 - 127).to(torch.int8)
+    bias = drawn(1, -(2**20), 2**20, (channels,), "all").to(torch.int32)
+    x = drawn(2, 0, 255, shape, "all").to(torch.uint8)
+    sums = integer_sums(op, Coded(x, grid_of(False, zero), BYTES), weight, (), bias, True)
+    assert isinstance(sums, Sums)
+    along = (-1, *(1,) * (len(shape) - 2))
+    assert torch.equal(sums.of(x), ((x.long() - zero) * weight.long().reshape(along) + bias.reshape(along)).float())
 
 
 @in_kernels

@@ -15,6 +15,8 @@ from rows import (
     FOLDING_ROWS,
     GEOMETRIES,
     GROUPED,
+    HOST_ROWS,
+    LONE_ROWS,
     NORM_ROWS,
     OP_ROWS,
     PLAIN,
@@ -34,7 +36,10 @@ from eagerq.quant import PRESETS, QConfig, QuantSpec
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=str)
 every_op = pytest.mark.parametrize("row", OP_ROWS, ids=str)
+every_host = pytest.mark.parametrize("row", HOST_ROWS, ids=str)
+every_lone = pytest.mark.parametrize("row", LONE_ROWS, ids=str)
 every_norm = pytest.mark.parametrize("row", NORM_ROWS, ids=str)
+every_fused_norm = pytest.mark.parametrize("row", [row for row in NORM_ROWS if row.fused is not None], ids=str)
 every_preset = pytest.mark.parametrize("preset", sorted(PRESETS))
 
 
@@ -70,7 +75,8 @@ def statistics(norm: nn.Module) -> dict[str, Tensor]:
 
 
 def builds(row: Row) -> Iterator[tuple[str, Any]]:
-    yield "float", row.float_module(row.chain())
+    if row.fused is not None:
+        yield "float", row.float_module(row.chain())
     for preset in ("onnxruntime", "per_tensor"):
         yield preset, row.trained(qconfig=preset)
 
@@ -113,7 +119,7 @@ def test_frozen_statistics_stay_bit_equal(row: Row) -> None:
         assert not module.norm().training
 
 
-@every_norm
+@every_fused_norm
 @pytest.mark.parametrize("when", ["train", "eval", "frozen-norm"])
 def test_a_frozen_fused_module_becomes_a_frozen_qat_module(row: Row, when: str) -> None:
     fused: Any = row.float_module(row.chain(n=NormState(frozen=when == "frozen-norm")))
@@ -130,7 +136,7 @@ def test_a_frozen_fused_module_becomes_a_frozen_qat_module(row: Row, when: str) 
     assert not torch.equal(q.bn.running_mean, wanted["running_mean"])
 
 
-@every_norm
+@every_fused_norm
 def test_a_frozen_norm_module_is_adopted(row: Row) -> None:
     frozen = {1: FrozenBatchNorm1d, 2: FrozenBatchNorm2d, 3: FrozenBatchNorm3d}[row.dims or 1]
     chain = row.chain()
@@ -224,7 +230,7 @@ SPECS = [
 ]
 
 
-@every_op
+@every_host
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_buffers_have_their_final_shape_at_construction(row: Row, spec: QuantSpec) -> None:
     for g in (PLAIN, GROUPED):
@@ -248,9 +254,11 @@ def test_state_dict_keys_are_those_of_torch_ao(row: Row) -> None:
     q = row.trained()
     keys: list[str] = quantizer_keys("activation_post_process")
     if row.op is not None:
-        keys += ["weight", *quantizer_keys("weight_fake_quant")]
+        keys += ["weight"] if row.op is nn.Embedding else ["weight", "bias"]
+    if row in HOST_ROWS:
+        keys += quantizer_keys("weight_fake_quant")
         if row.op is not nn.Embedding:
-            keys += ["bias", *quantizer_keys("input_fake_quant")]
+            keys += quantizer_keys("input_fake_quant")
     if row.norm is not None:
         keys += [f"bn.{k}" for k in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
     if row.takes_any_act:
@@ -318,6 +326,30 @@ def test_flags_are_saved_too(row: Row) -> None:
     assert torch.equal(fresh.eval()(x), q.eval()(x))
 
 
+@every_lone
+def test_a_float_norms_state_loads_into_a_lone_norm(row: Row) -> None:
+    state = row.chain(seed=7)[0].state_dict()
+    kept = copy.deepcopy(state)
+    q = row.trained()
+    found = q.load_state_dict(state, strict=False)
+    assert found.unexpected_keys == []
+    assert all("quant" in key or "post_process" in key for key in found.missing_keys)
+    assert_equal_states(q.bn.state_dict(), kept)
+    assert_equal_states(state, kept)
+
+
+@every_norm
+def test_sync_batch_norms_take_the_place_of_norms_inside(row: Row) -> None:
+    for preset in ("onnxruntime", "per_tensor"):
+        q = row.trained(qconfig=preset).eval()
+        x = row.input(seed=40)
+        wanted = q(x)
+        synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(q))
+        assert type(synchronised) is type(q)
+        assert type(synchronised.norm()) is nn.SyncBatchNorm
+        assert torch.equal(synchronised(x), wanted)
+
+
 # --- precision
 
 
@@ -383,7 +415,7 @@ def test_double_computes_in_double(row: Row) -> None:
         assert all(v.dtype == torch.float64 for k, v in q.state_dict().items() if k.endswith(("scale", "min_val", "weight")))
         assert q(row.input(dtype=torch.float64)).dtype == torch.float64
         fresh = row.to_qat(row.chain(dtype=torch.float64), preset)
-        if row.op is not None:
+        if row in HOST_ROWS:
             assert fresh.weight_fake_quant.scale.dtype == torch.float64
         # not one value went through float32: moving the weights by less than its spacing moves the output
         fresh.apply(eagerq.disable_fake_quant).eval()

@@ -17,6 +17,8 @@ from rows import (
     FUSED_ROWS,
     GEOMETRIES,
     GROUPED,
+    HOST_ROWS,
+    LONE_ROWS,
     NORM_ROWS,
     OP_ROWS,
     PARTS,
@@ -44,7 +46,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 every_row = pytest.mark.parametrize("row", ROWS, ids=str)
 every_fused = pytest.mark.parametrize("row", FUSED_ROWS, ids=str)
 every_op = pytest.mark.parametrize("row", OP_ROWS, ids=str)
+every_host = pytest.mark.parametrize("row", HOST_ROWS, ids=str)
+every_lone = pytest.mark.parametrize("row", LONE_ROWS, ids=str)
 every_norm = pytest.mark.parametrize("row", NORM_ROWS, ids=str)
+every_fused_norm = pytest.mark.parametrize("row", [row for row in NORM_ROWS if row.fused is not None], ids=str)
 every_folding = pytest.mark.parametrize("row", FOLDING_ROWS, ids=str)
 every_preset = pytest.mark.parametrize("preset", sorted(PRESETS))
 
@@ -143,7 +148,7 @@ def test_fused_mode_follows_train_and_eval(row: Row) -> None:
     assert row.float_module(row.chain()).training
 
 
-@every_norm
+@every_fused_norm
 def test_fused_keeps_a_frozen_norm_frozen(row: Row) -> None:
     fused: Any = row.float_module(row.chain(n=NormState(frozen=True)))
     before = bn_state(fused.norm())
@@ -168,6 +173,7 @@ def test_from_float_adopts_the_members(row: Row, preset: str) -> None:
     assert q.qconfig == PRESETS[preset]
     if row.op is not None:
         assert q.weight is chain[0].weight
+    if row in HOST_ROWS:
         assert q.weight_fake_quant.spec == PRESETS[preset].weight
     if row.norm is not None:
         assert q.bn is chain[1 if row.op else 0]
@@ -198,7 +204,7 @@ def test_from_float_reads_the_qconfig_attribute(row: Row) -> None:
     assert row.qat.from_float(module, "tensorrt").qconfig == PRESETS["tensorrt"]
 
 
-@every_op
+@every_host
 def test_weight_only_and_activation_only_configs(row: Row) -> None:
     x = row.input()
     chain = row.chain()
@@ -370,7 +376,7 @@ def test_textbook_form_is_plain_where_every_channel_is_healthy(row: Row, observi
     assert_same(q(x), wanted(x))
 
 
-@every_folding
+@pytest.mark.parametrize("row", [*FOLDING_ROWS, *LONE_ROWS], ids=str)
 @every_preset
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_hazardous_gammas_stay_finite(row: Row, preset: str, geometry: str) -> None:
@@ -378,17 +384,18 @@ def test_hazardous_gammas_stay_finite(row: Row, preset: str, geometry: str) -> N
     chain = row.chain(g, NormState(gammas=(0.0, 1e-30, -1e-12, 1e-6, -1.0)))
     parameters = [p for m in chain for p in m.parameters()]
     float_chain = plain(chain)
+    float_norm: Any = float_chain[1 if row.op else 0]
     q = row.to_qat(chain, preset)
     for state in (None, 0.0):  # then with all gammas zero
         if state is not None:
             nn.init.zeros_(q.bn.weight)
-            nn.init.zeros_(float_chain[1].weight)  # type: ignore[arg-type]
+            nn.init.zeros_(float_norm.weight)
         x = row.input(g)
         out, grads = gradients(q, parameters, x)
         float_chain(x)
         assert torch.isfinite(out).all()
         assert all(torch.isfinite(t).all() for t in grads if t is not None)
-        torch.testing.assert_close(q.bn.running_var, float_chain[1].running_var, rtol=0.02, atol=0.0)
+        torch.testing.assert_close(q.bn.running_var, float_norm.running_var, rtol=0.02, atol=0.0)
         assert torch.isfinite(q.eval()(x)).all()
         q.train()
 
@@ -408,6 +415,97 @@ def test_quantizing_w_is_quantizing_the_fused_weight(row: Row, data: st.DataObje
     fused = oracles.fake_quantize_weight(oracles.times_channel(row, g, weight, s), spec, axis, 0.0)
     own = oracles.fake_quantize_weight(weight, spec, axis, 0.0)
     np.testing.assert_allclose(oracles.times_channel(row, g, fused, 1 / s), own, rtol=1e-12)
+
+
+# --- norms that fold into nothing
+
+#: Presets whose scales are one a channel, symmetric and narrow.
+DIRECT = [name for name, config in PRESETS.items() if (w := config.weight) and w.per_channel and w.narrow_range and w.symmetric]
+
+
+@every_lone
+@pytest.mark.parametrize(("preset", "fake_quant"), [*((p, False) for p in sorted(PRESETS)), *((p, True) for p in DIRECT)])
+def test_a_lone_norm_trains_as_the_float_norm_bit_for_bit(row: Row, preset: str, fake_quant: bool) -> None:
+    """With fake quantization too where each channel has its scale: +-127 of them are the weight itself."""
+    chain = row.chain()
+    wanted = copy.deepcopy(chain[0])
+    parameters = list(chain[0].parameters())
+    q = row.to_qat(chain, preset)
+    if not fake_quant:
+        q.apply(eagerq.disable_fake_quant)
+    for seed in (1, 2):
+        (out, grads), (expected, wanted_grads) = (
+            gradients(m, p, row.input(seed=seed)) for m, p in ((q, parameters), (wanted, list(wanted.parameters())))
+        )
+        assert torch.equal(out, expected)
+        assert all(torch.equal(a, b) for a, b in zip(grads, wanted_grads, strict=True))  # type: ignore[arg-type]
+    for key, value in bn_state(wanted).items():
+        assert torch.equal(bn_state(q.bn)[key], value), key
+
+
+@every_lone
+@pytest.mark.parametrize("preset", DIRECT)
+@pytest.mark.parametrize("quantized_io", [True, False], ids=["quantized-io", "float-io"])
+def test_a_lone_norms_codes_are_its_signs(row: Row, preset: str, quantized_io: bool) -> None:
+    """``a`` is 127 codes of ``|a| / 127``, so that in eval nothing but the bias and its ends are rounded."""
+    q = row.trained(GROUPED, preset, quantized_io=quantized_io).eval()
+    a, b = q.folded()
+    stored = deploy(q)
+    assert torch.equal(stored.weight_codes, (127 * torch.sign(a)).to(torch.int8))
+    torch.testing.assert_close(stored.weight_scale, a.abs().reshape(-1) / 127, rtol=2**-22, atol=0.0)
+    torch.testing.assert_close(stored.weight, a, rtol=2**-22, atol=0.0)
+    if quantized_io:
+        return
+    x = row.input(GROUPED, seed=5)
+    torch.testing.assert_close(q(x), q.bn(x), rtol=1e-5, atol=1e-6)
+
+
+@every_lone
+@every_preset
+@pytest.mark.parametrize("gammas", [(0.0,), (1e-30, -1.0), (1.0, 1e3)], ids=str)
+def test_a_lone_norm_evaluates_its_quantized_map(row: Row, preset: str, gammas: tuple[float, ...]) -> None:
+    """Against float64: the folded scale by a code's half, the bias as it is; and one of zero leaves the bias alone."""
+    q = row.to_qat(row.chain(n=NormState(gammas=gammas), dtype=torch.float64), preset)
+    q(row.input(dtype=torch.float64))
+    q.eval()
+    x = row.input(dtype=torch.float64)
+    a, b = (t.reshape(1, -1, *(1,) * row.dims) for t in q.folded())
+    scale = q.quantized_weight().scale.reshape(1, -1, *(1,) * row.dims)
+    error = (q(x) - (a * x + b)).abs()
+    assert bool((error <= x.abs() * scale * 0.500001 + 1e-9).all())
+    assert torch.equal(deploy(q)(x), q(x))
+
+
+@every_lone
+@pytest.mark.parametrize("preset", ["onnxruntime", "per_tensor"])
+def test_a_lone_norm_takes_what_the_float_norm_takes(row: Row, preset: str) -> None:
+    for quantized_io in (True, False):
+        q = row.trained(PLAIN, preset, quantized_io=quantized_io)
+        wanted = copy.deepcopy(q.bn)
+        deployed = deploy(copy.deepcopy(q).eval())
+        x = row.input()
+        narrow, wide = torch.cat([x, x], 1), x[:, :1]
+        for training in (True, False):
+            modules = [wanted.train(training), q.train(training), *([] if training else [deployed])]
+            for module in modules:
+                for wrong in (x[0], x[..., 0], x[None]):
+                    with pytest.raises(ValueError, match=rf"expected {row.dims + 2}D input \(got {wrong.dim()}D input\)"):
+                        module(wrong)
+                for wrong in (narrow, wide):
+                    with pytest.raises(RuntimeError):
+                        module(wrong)
+                assert module(x[:0]).shape == x[:0].shape
+                with pytest.raises(TypeError):
+                    module()
+
+
+@every_lone
+def test_a_lone_norms_constructor_takes_the_float_norms_arguments(row: Row) -> None:
+    made = row.qat(6, eps=1e-3, momentum=0.2, dtype=torch.float64, qconfig="per_tensor")
+    assert (made.bn.eps, made.bn.momentum, made.num_features, made.qconfig) == (1e-3, 0.2, 6, PRESETS["per_tensor"])
+    assert made.weight.dtype == torch.float64
+    assert made.training
+    assert made(torch.randn(2, 6, *(3,) * row.dims, dtype=torch.float64)).dtype == torch.float64
 
 
 # --- a hundred steps
@@ -454,7 +552,7 @@ def deploy(q: Any) -> Any:
     return deployed
 
 
-@every_op
+@every_host
 @every_preset
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("quantized_io", [True, False], ids=["quantized-io", "float-io"])
@@ -490,7 +588,7 @@ def test_deployed_equals_eval_bit_for_bit(row: Row, preset: str, geometry: str, 
         assert deployed.activation_post_process.zero_point.dtype == (torch.int8 if signed else torch.uint8)
 
 
-@every_op
+@every_host
 @strategies.per_row
 @given(data=st.data())
 def test_deployed_equals_eval_for_any_spec(row: Row, data: st.DataObject) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import eagerq
+from tests.test_exact import Branches
 
 
 def trained(model: nn.Module, x: torch.Tensor, qconfig: object = None) -> nn.Module:
@@ -169,7 +170,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 
 class Stands(nn.Module):
-    """A norm that stands alone between two convolutions, and a softmax behind them."""
+    """A norm and a ReLU with no convolution of their own before them, between two; and a softmax behind them."""
 
     def __init__(self, softmax: bool) -> None:
         super().__init__()
@@ -192,6 +193,34 @@ def test_the_export_says_which_operations_are_integer_kernels(tmp_path: Path) ->
     convs = {kernel.module for kernel in export.kernels if kernel.op == "QLinearConv"}
     assert convs == {name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     assert f"{len(export.kernels)} of {len(export.kernels)} operations are integer kernels" in str(export)
+
+
+def test_norms_that_fold_into_nothing_are_integer_kernels(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 16, 16)
+    export = eagerq.export_onnx(trained(Branches(), x), tmp_path / "model.onnx", x, strict=True)
+    assert export.floats == ()
+    convolutions = {kernel.module for kernel in export.kernels if kernel.op == "QLinearConv"}
+    assert convolutions == {"stem.0", "wide.0", "narrow.0", "identity", "norm", "last"}
+    layers = nn.Conv3d(3, 4, 1), nn.MaxPool3d(2), nn.BatchNorm3d(4), nn.Conv3d(4, 2, 1)
+    volume = torch.randn(2, 3, 4, 6, 6)
+    export = eagerq.export_onnx(trained(nn.Sequential(*layers), volume), tmp_path / "volume.onnx", volume, strict=True)
+    assert (export.floats, Counter(kernel.op for kernel in export.kernels)["QLinearConv"]) == ((), 3)
+
+
+@pytest.mark.parametrize("scales", ["equal", "other"])
+def test_equal_weights_of_two_modules_stay_two(tmp_path: Path, scales: str) -> None:
+    """ONNX Runtime turns them unsigned one by one on x86 processors without VNNI, and takes no file in which two share one."""
+    x = torch.randn(2, 4, 8, 8)
+    one, two = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+    two.load_state_dict({k: v * (1 if scales == "equal" else 2) for k, v in one.state_dict().items()})
+    deployed = trained(nn.Sequential(one, nn.ReLU(), two, nn.ReLU(), nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.BatchNorm2d(4)), x)
+    export = eagerq.export_onnx(deployed, tmp_path / "model.onnx", x, strict=True)
+    assert export.floats == ()
+    graph = onnx.load(export.path).graph
+    weights = {name for node in graph.node if node.op_type == "Conv" for name in node.input[1:2]}
+    codes = [node.input[0] for node in graph.node if node.op_type == "DequantizeLinear" and node.output[0] in weights]
+    assert len(weights) == len(set(codes)) == 4
+    assert eagerq.verify_deployment(deployed, export, x).differing == 0
 
 
 @pytest.mark.parametrize("softmax", [False, True])

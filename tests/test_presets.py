@@ -29,11 +29,12 @@ from torch import Tensor, nn
 
 import eagerq
 from eagerq.deploy.runtime import saturates, session
+from eagerq.nn.qat import QATOp
 from eagerq.nn.quantized import QuantizeDequantize, QuantizedModule
 from eagerq.quant import PRESETS, FakeQuantize, Observer, QuantSpec, quantization_params
 from eagerq.quant.functional import power_of_two
 from tests.nets import randomise
-from tests.test_exact import Added, Block, Gate, plus
+from tests.test_exact import Added, Block, Branches, Gate, plus
 
 NETS: dict[str, Callable[[], nn.Module]] = {
     "added": Added,
@@ -43,10 +44,11 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "leaky": lambda: Block(plus, nn.LeakyReLU(0.1)),
     "gate": lambda: Gate(nn.Sigmoid()),
     "hard_gate": lambda: Gate(nn.Hardsigmoid()),
+    "branches": Branches,
     "resnet": lambda: timm.create_model("resnet10t", num_classes=10),
 }
 every_net = pytest.mark.parametrize("net", NETS)
-one_of_each_kind = pytest.mark.parametrize("net", ["added", "silu", "hardswish", "gate"])
+one_of_each_kind = pytest.mark.parametrize("net", ["added", "silu", "hardswish", "gate", "branches"])
 
 
 @functools.cache
@@ -59,6 +61,11 @@ def qat_of(net: str, preset: str) -> nn.Module:
         for _ in range(3):
             qat(torch.randn(2, 3, 32, 32))
     return qat.eval()
+
+
+def maps_of(net: str, preset: str) -> int:
+    """How many linear maps the QAT model has: convolutions, matrix products, norms that fold into none of them."""
+    return sum(isinstance(module, QATOp) for module in qat_of(net, preset).modules())
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +104,7 @@ def test_onnxruntime_computes_the_exact_modes_codes(net: str, preset: str, file:
         assert found.missing == ()
 
 
-@pytest.mark.parametrize("net", ["added", "silu", "gate"])
+@pytest.mark.parametrize("net", ["added", "silu", "gate", "branches"])
 def test_onnxruntime_has_int8_kernels_for_the_arm_preset(net: str, file: Files, tmp_path: Path) -> None:
     session(file(net, "onnxruntime-arm"), optimized=str(tmp_path / "optimized.onnx"))
     proto = onnx.load(tmp_path / "optimized.onnx")
@@ -107,7 +114,7 @@ def test_onnxruntime_has_int8_kernels_for_the_arm_preset(net: str, file: Files, 
         model, path = eagerq.convert(qat_of(net, "onnxruntime-arm")), tmp_path / "model.onnx"
         assert eagerq.export_onnx(model, path, torch.randn(2, 3, 32, 32)).floats
         return
-    assert kernels["QLinearConv"] + kernels["QGemm"] == sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in NETS[net]().modules())
+    assert kernels["QLinearConv"] + kernels["QGemm"] == maps_of(net, "onnxruntime-arm")
     assert not {"Conv", "Gemm", "Relu"} & set(kernels)
 
 
@@ -263,7 +270,7 @@ def test_openvino_gives_the_nearest_codes(net: str, file: Files) -> None:
 def test_openvino_runs_every_map_on_integers_without_a_split(net: str, file: Files) -> None:
     ran = kernels(compiled(file(net, "openvino")))
     maps = [precision for kind, precision, _ in ran if kind in ("Convolution", "FullyConnected")]
-    assert maps == ["u8"] * sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in NETS[net]().modules())
+    assert maps == ["u8"] * maps_of(net, "openvino")
 
 
 # --- engines that cannot be run here: the file against their rules ----------------------------------------

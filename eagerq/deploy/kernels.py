@@ -35,7 +35,7 @@ class Kernel:
         module: full name of the module it came from; ``""`` for the model itself.
         integer: whether it runs on codes.
         reason: why it runs in float; ``""`` for integers.
-        expected: whether a float one is known to be so: a norm that stands alone, or arithmetic on what is not quantized.
+        expected: whether a float one is known to be so: a norm that stayed float, or arithmetic on what is not quantized.
     """
 
     op: str
@@ -87,7 +87,7 @@ def kernels_of(proto: Any, modules: Mapping[str, str], quantized: frozenset[str]
         proto: the model.
         modules: full module name by node name.
         quantized: names of the modules with integer weights.
-        norms: names of the norms that stand alone, which have no integer kernel.
+        norms: names of the norms that stayed float, which have no integer kernel.
 
     Raises:
         MissingExtraError: without ``onnx`` or ``onnxruntime``.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import io
 import os
 import tempfile
@@ -53,7 +54,7 @@ def export_onnx(
         example_inputs: as for ``plan_fusion``; None takes those the model was fused or converted with.
         opset: ONNX operator set, 17 to 23.
         strict: refuse a file in which ONNX Runtime runs, in float, a linear map with integer weights or another operation
-            between quantized tensors (a norm that stands alone is known to run so).
+            between quantized tensors (a norm that stayed float is known to run so).
 
     Returns:
         An ``Export``: the path written, which it can be used as, and the engine's kernels.
@@ -83,7 +84,7 @@ def export_onnx(
     sums = {name for name, module in model.named_modules() if isinstance(module, SplitActivation) and module.sums}
     sum_hardsigmoids(onnx, proto, {node.name for node in proto.graph.node if _scope(node) in sums})
     pair_moves(onnx, proto)
-    _unshare_zero_points(onnx, proto)
+    _unshare(proto)
     _name_codes(proto)
     modules = {node.name: _scope(node) or "" for node in proto.graph.node}
     if opset < _OLDEST_WRITTEN:
@@ -230,26 +231,44 @@ def _tidy(onnx: Any, proto: Any) -> None:
         graph.initializer.remove(initializer)
 
 
-def _unshare_zero_points(onnx: Any, proto: Any) -> None:
-    """Give each weight a zero point of its own: ONNX Runtime replaces them one by one where it turns s8 into u8."""
+def _unshare(proto: Any) -> None:
+    """Give each module its own weight codes and zero point: ONNX Runtime replaces them one by one where it turns s8 into u8.
+
+    The exporter stores equal ones once: the zero points of most weights, and the codes of many norms that fold into nothing.
+    """
     stored = {i.name: i for i in proto.graph.initializer}
     taken: set[str] = set()
-    for node in proto.graph.node:
-        if (
-            node.op_type != "DequantizeLinear"
-            or len(node.input) < 3
-            or node.input[0] not in stored
-            or node.input[2] not in stored
-        ):
+    nodes = list(proto.graph.node)
+    readers: dict[str, list[Any]] = {}
+    for node in nodes:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    kept: list[Any] = []
+    for node in nodes:
+        kept.append(node)
+        if node.op_type != "DequantizeLinear" or len(node.input) < 3 or not {node.input[0], node.input[2]} <= set(stored):
             continue
-        name = node.input[2]
-        if name in taken:
-            own = onnx.TensorProto()
-            own.CopyFrom(stored[name])
-            own.name = f"{node.output[0]}.own_zero_point"  # weights that are equal are stored once
-            node.input[2] = own.name
-            proto.graph.initializer.append(own)
-        taken.add(name)
+        made, dequantizers = readers.get(node.output[0], []), [node]
+        for i, scope in enumerate(list(dict.fromkeys(map(_scope, made)))[1:], 1):  # modules whose scales are equal too
+            own = copy.deepcopy(node)
+            own.name, own.output[0] = f"{node.name}.{i}", f"{node.output[0]}.{i}"
+            for reader in made:
+                if _scope(reader) == scope:
+                    reader.input[:] = [own.output[0] if name == node.output[0] else name for name in reader.input]
+            dequantizers.append(own)
+            kept.append(own)
+        for dequantizer in dequantizers:
+            for place, kind in ((0, "codes"), (2, "zero_point")):
+                name = dequantizer.input[place]
+                if name in taken:
+                    copied = proto.graph.initializer.add()
+                    copied.CopyFrom(stored[name])
+                    copied.name = dequantizer.input[place] = f"{dequantizer.output[0]}.own_{kind}"
+                taken.add(name)
+    if len(kept) > len(nodes):
+        kept = [copy.deepcopy(node) for node in kept]
+        del proto.graph.node[:]
+        proto.graph.node.extend(kept)
 
 
 def _older(onnx: Any, proto: Any, opset: int) -> Any:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eagerq.nn.modules.conv import same_pads
-from eagerq.nn.modules.ops import ConvOp, LinearOp, Op
+from eagerq.nn.modules.ops import ConvOp, LinearOp, Op, ScaleOp
 from eagerq.quant.code_values import Coded
 from eagerq.quant.engine import EXACT_FLOAT32
 from eagerq.quant.pieces import PIECE
@@ -64,7 +64,7 @@ def integer_sums(
     """
     kind = getattr(op, "op_class", type(op)).op
     linear, codes = kind is LinearOp.op, x.codes
-    if not alone or not (linear or kind is ConvOp.op):
+    if not alone or not (linear or kind in (ConvOp.op, ScaleOp.op)):
         return "only convolutions and matrix products have integer kernels"
     like = weight if isinstance(weight, Tensor) else kept[0]
     if codes.device.type != "cpu" or like.device.type != "cpu":

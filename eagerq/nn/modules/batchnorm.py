@@ -186,7 +186,7 @@ def _is_plain_vector(values: Tensor, x: Tensor) -> bool:
 
 
 class HoldsNorm(nn.Module):
-    """Mixin of fused modules that hold a batch norm and can freeze it.
+    """Mixin of fused and QAT modules that hold a batch norm and can freeze it.
 
     ``freeze_bn`` is a Python bool. While it is set, ``train()`` leaves the norm in eval mode, so
     its statistics stay as they are, bit for bit.
@@ -218,15 +218,15 @@ class HoldsNorm(nn.Module):
 
 
 def freeze_bn_stats(module: nn.Module) -> None:
-    """Keep the statistics of fused norms as they are; use with ``model.apply(eagerq.freeze_bn_stats)``.
+    """Keep the statistics of fused and quantized norms as they are; use with ``model.apply(eagerq.freeze_bn_stats)``.
 
-    Norms that no fused module holds are left to the caller's own ``norm.eval()``.
+    Norms that no fused or QAT module holds are left to the caller's own ``norm.eval()``.
     """
     if isinstance(module, HoldsNorm):
         module.freeze_bn_stats()
 
 
 def update_bn_stats(module: nn.Module) -> None:
-    """Update the statistics of fused norms in training again; use with ``model.apply(eagerq.update_bn_stats)``."""
+    """Update the statistics of fused and quantized norms in training again; use with ``model.apply(eagerq.update_bn_stats)``."""
     if isinstance(module, HoldsNorm):
         module.update_bn_stats()

@@ -91,6 +91,34 @@ class ConvOp(Op):
         return out
 
 
+class ScaleOp(ConvOp):
+    """Depthwise convolution of size 1, ``y[:, c] = x[:, c] weight[c] + bias[c]``; weight ``(C, 1, ..., 1)``.
+
+    Products broadcast, which is faster than PyTorch's convolution.
+
+    Raises:
+        ValueError: if the input has not as many axes as the weight, as batch norms raise it.
+        RuntimeError: if it has other channels than the weight.
+    """
+
+    casts = False
+
+    def check_norm_input(self, x: Tensor) -> None:
+        axes = len(self.kernel_size) + 2
+        if x.dim() != axes:
+            raise ValueError(f"expected {axes}D input (got {x.dim()}D input)")
+
+    def op(self, input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.onnx.is_in_onnx_export():  # where engines have an integer kernel
+            return ConvOp.op(self, input, weight, bias)  # by name: deployed modules call it as theirs
+        self.check_norm_input(input)
+        if input.shape[1] != len(weight):  # which would broadcast
+            raise RuntimeError(f"expected an input of {len(weight)} channels (got {input.shape[1]})")
+        shape = (1, -1, *(1,) * (weight.dim() - 2))
+        out = input * weight.reshape(shape)
+        return (out if bias is None else out + bias.reshape(shape)).to(input.dtype)
+
+
 class ConvTransposeOp(Op):
     """Transposed convolution of any width; weight ``(in, out/groups, *k)``."""
 

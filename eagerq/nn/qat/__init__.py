@@ -2,6 +2,8 @@
 
 from eagerq.nn.qat.base import QATBase, QATOp
 from eagerq.nn.qat.modules import (
+    BatchNorm2d,
+    BatchNorm3d,
     Conv1d,
     Conv2d,
     Conv2dSame,
@@ -14,6 +16,8 @@ from eagerq.nn.qat.modules import (
 )
 
 __all__ = [
+    "BatchNorm2d",
+    "BatchNorm3d",
     "Conv1d",
     "Conv2d",
     "Conv2dSame",

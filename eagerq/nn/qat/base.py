@@ -35,7 +35,7 @@ _BOOKKEEPING = frozenset(vars(nn.Module())) | {"training"}
 
 #: The methods that make a QAT module's output, and where this library's are written.
 _COMPUTING = ("compute", "train_compute", "preactivation")
-_WRITTEN_IN = frozenset({"eagerq.nn.qat.base", "eagerq.nn.intrinsic.qat.mixins"})
+_WRITTEN_IN = frozenset({"eagerq.nn.qat.base", "eagerq.nn.qat.mixins"})
 
 
 def member(module: nn.Module, name: str) -> Any:
@@ -159,9 +159,9 @@ class QATBase(FollowsEngine, nn.Module):
         own = self._runs_itself()
         share_hooks(self, [m for m in (mod, members[0]) if m not in own], PRE_HOOKS)
         share_hooks(self, [m for m in (members[-1], mod) if m not in own], POST_HOOKS)
-        last = members[-1]
-        if last not in own and last in self.children():  # a norm, which runs inside in training: not to fire twice
-            release_hooks(last, POST_HOOKS)
+        for member_, kinds in ((members[0], PRE_HOOKS), (members[-1], POST_HOOKS)):
+            if member_ not in own and member_ in self.children():  # a norm, which runs inside in training: not to fire twice
+                release_hooks(member_, kinds)
         return self
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:

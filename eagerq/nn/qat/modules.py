@@ -7,6 +7,7 @@ from torch import nn
 from eagerq.nn.modules.conv import Conv2dSame as _FloatConv2dSame
 from eagerq.nn.modules.ops import ConvOp, ConvTransposeOp, EmbeddingOp, LinearOp
 from eagerq.nn.qat.base import QATOp
+from eagerq.nn.qat.mixins import LoneNorm
 
 
 class Conv1d(QATOp, ConvOp, nn.Conv1d, converts=nn.Conv1d):
@@ -45,3 +46,15 @@ class Linear(QATOp, LinearOp, nn.Linear, converts=nn.Linear):
 
 class Embedding(QATOp, EmbeddingOp, nn.Embedding, converts=nn.Embedding):
     """QAT form of ``nn.Embedding``: its arguments and ``qconfig``. Indices are not quantized, rows are."""
+
+
+class BatchNorm2d(LoneNorm, converts=nn.BatchNorm2d):
+    """QAT form of an ``nn.BatchNorm2d`` that folds into nothing: its arguments and ``qconfig``."""
+
+    spatial = 2
+
+
+class BatchNorm3d(LoneNorm, converts=nn.BatchNorm3d):
+    """QAT form of an ``nn.BatchNorm3d`` that folds into nothing: its arguments and ``qconfig``."""
+
+    spatial = 3

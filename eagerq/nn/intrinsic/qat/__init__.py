@@ -1,6 +1,5 @@
 """nniqat: QAT fused modules."""
 
-from eagerq.nn.intrinsic.qat.mixins import NormActQAT, WithAct, WithBn
 from eagerq.nn.intrinsic.qat.modules import (
     BNReLU2d,
     BNReLU3d,
@@ -40,6 +39,7 @@ from eagerq.nn.intrinsic.qat.modules import (
     LinearBnReLU1d,
     LinearReLU,
 )
+from eagerq.nn.qat.mixins import NormActQAT, WithAct, WithBn
 
 __all__ = [
     "BNReLU2d",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from eagerq.nn import intrinsic as nni
 from eagerq.nn import qat as nnqat
-from eagerq.nn.intrinsic.qat.mixins import NormActQAT, WithAct, WithBn
+from eagerq.nn.qat.mixins import NormActQAT, WithAct, WithBn
 
 
 class ConvBn1d(WithBn, nnqat.Conv1d, converts=nni.ConvBn1d):

@@ -1,15 +1,15 @@
-"""``WithBn`` and ``WithAct``: what a norm and an activation add to any QAT host."""
+"""``WithBn`` and ``WithAct``: what a norm and an activation add to any QAT host; ``LoneNorm``: a norm that is the host."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from eagerq.nn.modules.activation import bounds_of
 from eagerq.nn.modules.batchnorm import HoldsNorm, is_foldable, is_plain_norm, scale_and_shift
-from eagerq.nn.modules.ops import fold
+from eagerq.nn.modules.ops import ScaleOp, fold
 from eagerq.nn.qat.base import QATBase, QATOp, activated, member
 from eagerq.nn.qat.split import SplitActivation, split
 from eagerq.quant.spec import QConfigLike
@@ -119,6 +119,57 @@ class WithBn(HoldsNorm, QATOp):
         for name in ("gamma", "beta", "running_mean", "running_var", "num_batches_tracked"):
             if prefix + name in state_dict:
                 state_dict[f"{prefix}bn.{old.get(name, name)}"] = state_dict.pop(prefix + name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class LoneNorm(WithBn, ScaleOp):
+    r"""A batch norm with no linear map before it: itself in training, a depthwise convolution of size 1 in eval.
+
+    Integer engines have no batch norm: :math:`a x + b` is :math:`\mathrm{conv}(x, a \cdot 1) + b`, whose weight codes are
+    :math:`\pm 127` of scale :math:`|a|/127` where scales are per channel, which loses nothing: there, training is the float
+    norm's, bit for bit, between the quantizers of input and output. With one scale a tensor it is ``WithBn``'s textbook form.
+
+    ``weight`` is ones, ``(C, 1, ..., 1)``, and no parameter; the norm's own are those of ``bn``. Arguments: those of the norm
+    and ``qconfig``.
+    """
+
+    #: The axes of the input behind its channels.
+    spatial: ClassVar[int]
+
+    def __init__(self, *args: Any, qconfig: QConfigLike | None = None, **kwargs: Any) -> None:
+        nn.Module.__init__(self)
+        self._adopt([self._FLOAT_MODULE(*args, **kwargs)])
+        self._init_quantizers(qconfig)
+
+    def _adopt(self, members: list[nn.Module]) -> None:
+        (self.bn,) = members
+        self.num_features = int(self.bn.num_features)  # type: ignore[arg-type]
+        self.in_channels = self.out_channels = self.groups = self.num_features
+        self.kernel_size = self.stride = self.dilation = (1,) * self.spatial
+        self.padding, self.padding_mode = (0,) * self.spatial, "zeros"
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        like = next((t for t in (*self.bn.parameters(), *self.bn.buffers()) if t.is_floating_point()), torch.empty(0))
+        return torch.ones((self.groups, *(1,) * (self.spatial + 1)), dtype=like.dtype, device=like.device)
+
+    def before_norm(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[nn.Module, Tensor] | None:
+        if args or kwargs or not self.ends_with_norm():
+            return None
+        self.check_norm_input(input)
+        return member(self, "bn"), input
+
+    def train_compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        quantizer = member(self, "weight_fake_quant")
+        if self.ends_with_norm() or not quantizer.fake_quant_enabled:  # a convolution by ones changes nothing
+            out: Tensor = member(self, "bn")(input, *args, **kwargs)
+            return out
+        return super().train_compute(input, *args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("weight", "bias"):  # a float norm's own keys; the statistics' are torch.ao's oldest too
+            if prefix + name in state_dict:
+                state_dict[f"{prefix}bn.{name}"] = state_dict.pop(prefix + name)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
