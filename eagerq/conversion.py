@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from eagerq import integrations
-from eagerq.dataflow import Watched, watch, watch_copy
+from eagerq.dataflow import Mode, Watched, watch, watch_copy
 from eagerq.errors import InputsError, SpecError, StateError
 from eagerq.inputs import Inputs
 from eagerq.nn.intrinsic.fused import Fused, type_name
@@ -124,9 +124,9 @@ class Conversion:
             return type(module) in kinds or isinstance(module, Fused)
 
         try:
-            watched = watch(self.model, runs, is_leaf, (False,))
+            watched = watch(self.model, runs, is_leaf, (Mode(False),))
         except InputsError:
-            watched = watch(self.model, runs, is_leaf, (True,))
+            watched = watch(self.model, runs, is_leaf, (Mode(True),))
             self.notes.append("watched in train mode, since the model does not run in eval mode on these inputs")
         for name in list(self.quantizable):
             if not any(trace.counts[name] for trace in watched.traces):
@@ -142,12 +142,17 @@ class Conversion:
         while True:
             self.placement = place(watched.traces, self.quantizable, may_hold, self.mapping.default)
             reason, bypassed = self._trial(watched)
-            if not bypassed:
+            norms = [] if reason is None else [n for n, q in self.quantizable.items() if issubclass(q.qat, LoneNorm)]
+            if not bypassed and not norms:
                 break
             for name in bypassed:
                 self.why_float[name] = (
-                    "the model calls it past its name (a bound method or function keeps it), out of reach; call it by its name"
+                    "the model calls it past its name (a bound method or function keeps it), out of reach, or asks for its type;"
+                    " call it by its name"
                 )
+            for name in norms:  # which is no reason to refuse a model
+                self.why_float[name] = f"the model does not run with its norms converted: {reason}"
+            for name in (*bypassed, *norms):
                 del self.quantizable[name]
         if reason is not None:
             self.placement = place_at_inputs(self.quantizable)
@@ -182,7 +187,7 @@ class Conversion:
             return f"{type(error).__name__}: {error}", []
         if watched.on_meta:
             copied.apply(disable_fake_quant)  # without values there is nothing to quantize; whether modules fit is asked
-        modes = [watched.traces[0].training]
+        modes = [Mode(watched.traces[0].training)]
         traces, failures = watch_copy(
             copied, watched.runs, lambda module: isinstance(module, QATBase), modes, on_meta=watched.on_meta
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -14,6 +14,16 @@ from eagerq.inputs import Inputs, misfit
 from eagerq.recorder import record_forward
 from eagerq.surgery import full_copy, meta_copy, state_tensors
 from eagerq.trace import Trace
+
+
+class Mode(NamedTuple):
+    """How a forward is watched: in train or eval mode, with gradients or, as who only evaluates runs it, without."""
+
+    training: bool
+    gradients: bool = True
+
+    def __str__(self) -> str:
+        return f"{'train' if self.training else 'eval'} mode{'' if self.gradients else ' without gradients'}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +53,8 @@ class Watched:
     notes: tuple[str, ...] = ()
 
 
-def watch(model: nn.Module, runs: Sequence[Inputs], is_leaf: Callable[[nn.Module], bool], modes: Sequence[bool]) -> Watched:
-    """Watch each of ``runs`` in each of ``modes`` (``training`` or not) on a copy, leaving no trace on ``model``.
+def watch(model: nn.Module, runs: Sequence[Inputs], is_leaf: Callable[[nn.Module], bool], modes: Sequence[Mode]) -> Watched:
+    """Watch each of ``runs`` in each of ``modes`` on a copy, leaving no trace on ``model``.
 
     The copy is on the meta device if the model runs there, where inputs of one form count as one; else it
     holds the data. At least one mode must run; a mode that does not is noted.
@@ -65,15 +75,16 @@ def watch(model: nn.Module, runs: Sequence[Inputs], is_leaf: Callable[[nn.Module
         traces, failures = watch_copy(full_copy(model), watched, is_leaf, modes, on_meta=False, original=model)
     partly = next((failure for failure in failures.values() if failure.index > 0), None)
     if not traces or partly is not None:
-        failure = partly or failures.get(model.training) or next(iter(failures.values()))
+        failure = partly or failures.get(Mode(model.training)) or next(iter(failures.values()))
         raise InputsError(
             f"{type(model).__name__} was to run once on example_inputs and raised {failure}."
             " Pass example_inputs that model(...) accepts: a tensor, a tuple of positional or a dict of keyword arguments, or"
             f" several such in a list.{misfit(model, watched[failure.index])}"
         ) from failure.error
     notes = tuple(
-        f"not watched in {'train' if mode else 'eval'} mode, where the forward raises {failure}"
+        f"not watched in {mode}, where the forward raises {failure}"
         for mode, failure in failures.items()
+        if mode.gradients or Mode(mode.training) not in failures
     )
     return Watched(traces, on_meta, watched, tuple(positions.values()), notes)
 
@@ -82,11 +93,11 @@ def watch_copy(
     copied: nn.Module,
     runs: Sequence[Inputs],
     is_leaf: Callable[[nn.Module], bool],
-    modes: Sequence[bool],
+    modes: Sequence[Mode],
     *,
     on_meta: bool,
     original: nn.Module | None = None,
-) -> tuple[tuple[Trace, ...], dict[bool, Failure]]:
+) -> tuple[tuple[Trace, ...], dict[Mode, Failure]]:
     """Watch ``runs`` on a copy that may be used up: the traces of the modes that ran, and the failures of the others.
 
     Raises:
@@ -106,17 +117,14 @@ def watch_copy(
     for parameter in parameters:
         parameter.requires_grad_(False)  # gradient mode without a graph, which would keep every tensor alive
     traces: list[Trace] = []
-    failures: dict[bool, Failure] = {}
+    failures: dict[Mode, Failure] = {}
     for mode in modes:
-        if mode != copied.training:
-            copied.train(mode)
         seen: list[Trace] = []
-        # who evaluates does so without gradients, and a forward may ask; where train mode is not watched, eval mode shows the
-        # model's own no_grad
-        alone = not mode and True not in modes
         try:
+            if mode.training != copied.training:
+                copied.train(mode.training)
             for run in runs:
-                seen.append(_watched(copied, run, "meta" if on_meta else None, is_leaf, parameters, mode, alone, foreign))
+                seen.append(_watched(copied, run, "meta" if on_meta else None, is_leaf, parameters, mode, foreign))
             traces += seen
         except ModelError:
             raise
@@ -147,20 +155,19 @@ def _watched(
     device: str | None,
     is_leaf: Callable[[nn.Module], bool],
     parameters: Sequence[nn.Parameter],
-    training: bool,
-    alone: bool,
+    mode: Mode,
     foreign: Mapping[int, str],
 ) -> Trace:
-    """One trace, in training with gradients, so that models take their activation checkpoints.
+    """One trace, in training with parameters that record gradients, so that models take their activation checkpoints.
 
     The graph keeps tensors alive, so where anything is kept a second forward without it says what.
     """
     recorded: Trace | None = None
     given = run.copied(device)
-    if not training and not alone:
+    if not mode.gradients:
         with _learning(parameters):
             return record_forward(model, given.args, given.kwargs, is_leaf, foreign, gradients=False)
-    if training and parameters:
+    if mode.training and parameters:
         try:
             with _learning(parameters):
                 recorded = record_forward(model, given.args, given.kwargs, is_leaf, foreign)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from eagerq import integrations
-from eagerq.dataflow import watch
+from eagerq.dataflow import Mode, watch
 from eagerq.inputs import Inputs
 from eagerq.nn.intrinsic.fused import Fused
 from eagerq.nn.modules.activation import IDEMPOTENT
@@ -50,7 +50,9 @@ class Evidence:
         self.positions: tuple[int, ...] = ()
         self.on_meta = True
         if runs is not None:
-            watched = watch(model, runs, self._is_leaf, (model.training, not model.training))
+            # a forward may ask whether gradients are recorded, and in eval mode they may be or not
+            modes = (Mode(model.training), Mode(not model.training), Mode(False, gradients=False))
+            watched = watch(model, runs, self._is_leaf, modes)
             self.traces, self.on_meta, self.runs = watched.traces, watched.on_meta, watched.runs
             self.positions = watched.positions
             self.notes += watched.notes

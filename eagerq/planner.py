@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from eagerq.dataflow import watch_copy
+from eagerq.dataflow import Mode, watch_copy
 from eagerq.errors import PatternError
 from eagerq.evidence import NORMS, PARAMETRIZED, Evidence
 from eagerq.inputs import Inputs
@@ -187,7 +187,7 @@ class Planner(Evidence):
     def _trial(self, matches: Sequence[Match]) -> tuple[dict[Match, str], str | None]:
         """Fuse a copy and watch it run: the chains that broke, each with its reason, or a reason that names none."""
         copied = self._copy()
-        modes = list(dict.fromkeys(trace.training for trace in self.traces))
+        modes = list(dict.fromkeys(Mode(trace.training, trace.gradients) for trace in self.traces))
         try:
             copied = FusionPlan(tuple(matches), patterns=self.patterns).apply(copied)
         except Exception as error:  # whatever building a module of the user's raises
@@ -198,9 +198,12 @@ class Planner(Evidence):
         bad: dict[Match, str] = {}
         widths = {match: [len(self.types[name]) for name in match.names] for match in matches}
         pairs = list(zip(self.traces, traces, strict=True))
-        if any(type(m).train not in (nn.Module.train, HoldsNorm.train) or "train" in vars(m) for m in self.names):
+        if any(_has_modes_of_its_own(m) for m in self.names):
             model = self._copy()
-            bad = {m: why for m in matches if (why := other_modes(m, widths[m], model, copied))}
+            try:
+                bad = {m: why for m in matches if (why := other_modes(m, widths[m], model, copied))}
+            except Exception as error:  # a train() of the user's that reads a module's parts by name
+                return {}, f"train() or eval() raises {type(error).__name__}: {error}"
         for before, after in pairs:
             for match in matches:
                 reason = broken(match, before, after, widths[match])
@@ -209,7 +212,10 @@ class Planner(Evidence):
         wiring = Wiring(widths)
         found = [(wiring.of(before), wiring.of(after)) for before, after in pairs]
         if any(before[0] != after[0] for before, after in found):
-            reason = "other modules and functions run than before, or with other arguments; does it ask modules for their type?"
+            reason = (
+                "other modules and functions run than before, or with other arguments; does it ask modules for their type, or go"
+                " another way each time?"
+            )
         elif any(before[1] != after[1] for before, after in found):
             reason = "it returns other things than before; does it ask modules for their type?"
         else:
@@ -225,12 +231,19 @@ class Planner(Evidence):
             return False
         self.watched_again = True
         copied = self._copy()
-        modes = list(dict.fromkeys(trace.training for trace in self.traces))
+        modes = list(dict.fromkeys(Mode(trace.training, trace.gradients) for trace in self.traces))
         traces, failures = watch_copy(copied, self.runs or (), self._is_leaf, modes, on_meta=self.on_meta)
         if failures:
             return False
         self.traces = traces
         return True
+
+
+def _has_modes_of_its_own(module: nn.Module) -> bool:
+    """Whether ``train()`` or ``eval()`` of this module does more than PyTorch's."""
+    kind = type(module)
+    usual = kind.train in (nn.Module.train, HoldsNorm.train) and kind.eval is nn.Module.eval
+    return not usual or not {"train", "eval"}.isdisjoint(vars(module))
 
 
 def _unknown(module: nn.Module, bases: tuple[type[nn.Module], ...]) -> str:

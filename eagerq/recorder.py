@@ -83,7 +83,8 @@ class _Recorder:
 
     def read(self, obj: Any) -> tuple[int, ...]:
         """The numbers of what is read: of a tensor that nobody was seen to make, of those too whose memory it is."""
-        fresh = [tensor for tensor in tensors_in(obj) if tensor._base is None and self.values.known(tensor) is None]
+        found = (t for t in tensors_in(obj) if not t.is_inference())  # each look at one of those is a new value
+        fresh = [t for t in found if t._base is None and self.values.known(t) is None]
         shared: list[int] = []
         if fresh:
             self.inside += 1
@@ -315,6 +316,7 @@ def record_forward(
         ModelError: before it reads one of the ``foreign`` tensors (name by id), those of another model.
     """
     recorder = _Recorder(model, is_leaf, foreign)
+    recorder.trace.gradients = gradients
     named = (*model.named_parameters(), *model.named_buffers())
     recorder.trace.named = {recorder.values.number(tensor): name for name, tensor in named}
     handles = []

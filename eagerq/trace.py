@@ -84,6 +84,7 @@ class Trace:
         kept: values alive after the forward that the output does not show.
         named: for values that were parameters or buffers when it began, their full names.
         shapes: of each value.
+        training, gradients: the mode it was watched in.
         rewritten: values whose tensors were changed in place afterwards.
         parameter_readers: for each parameter (by name) that something outside leaf modules read, the first such call.
         contexts: for each leaf module what it ran in: gradient mode, checkpoint region, autocast, modes.
@@ -110,6 +111,7 @@ class Trace:
     shapes: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     rewritten: frozenset[int] = frozenset()
     training: bool = False
+    gradients: bool = True
     parameter_readers: dict[str, Call] = dataclasses.field(default_factory=dict)
     contexts: dict[str, set[Context]] = dataclasses.field(default_factory=lambda: defaultdict(set))
     changed_inputs: set[str] = dataclasses.field(default_factory=set)

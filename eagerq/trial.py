@@ -57,7 +57,7 @@ def other_modes(match: Match, widths: Sequence[int], model: nn.Module, fused: nn
     """
     for mode in (False, True):
         for one in (model, fused):
-            one.train() if mode else one.eval()
+            one.train(True) if mode else one.eval()
         frozen = getattr(fused.get_submodule(match.names[0]), "freeze_bn", False)  # its norm stays in eval mode
         for name, member in members(match, widths):
             if name in match.copied:
@@ -91,11 +91,12 @@ class Wiring:
         """The steps, each with what it read, and what was returned; equal where two runs of one model computed the same."""
         steps: Counter[Hashable] = Counter()
         results: dict[int, int] = {}
+        inputs = {value: i for i, value in enumerate(trace.inputs)}
         chains: dict[int, Match] = {}  # by the result
 
         def result(value: int) -> int:
             if value not in results:
-                given = trace.inputs.index(value) if value in trace.inputs else self._named(trace.named.get(value))
+                given = inputs[value] if value in inputs else self._named(trace.named.get(value))
                 results[value] = self._number((given, trace.shapes[value]))
             return results[value]
 

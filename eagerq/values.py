@@ -33,6 +33,8 @@ class Values:
         self._numbers: dict[tuple[int, int], int] = {}
         self._tensors: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._next = 0
+        self._new: list[weakref.ref[Tensor]] = []  # not yet looked up by memory
+        self._places: dict[int, list[weakref.ref[Tensor]]] = {}
         self.shapes: dict[int, tuple[int, ...]] = {}
 
     def number(self, tensor: Tensor) -> int:
@@ -41,6 +43,7 @@ class Values:
             self._next += 1
             found = (weakref.ref(tensor), self._next)
             self._tensors[id(tensor)] = found
+            self._new.append(found[0])
         try:
             version = tensor._version
         except RuntimeError:  # inference tensors count no versions, so no two looks at one are the same value
@@ -60,10 +63,15 @@ class Values:
         return self._numbers.get((found[1], tensor._version))
 
     def sharing(self, tensor: Tensor) -> list[int]:
-        """The numbers of the tensors alive that lie in the same memory."""
+        """The numbers of the tensors alive that lie in the same memory, in the order they were seen in."""
+        for ref in self._new:
+            other = ref()
+            if other is not None and (place := _memory(other)) is not None:
+                self._places.setdefault(place, []).append(ref)
+        self._new.clear()
         place = _memory(tensor)
-        others = [] if place is None else [other for ref, _ in self._tensors.values() if (other := ref()) is not None]
-        return [self.number(other) for other in others if other is not tensor and _memory(other) == place]
+        there = [] if place is None else [other for ref in self._places.get(place, ()) if (other := ref()) is not None]
+        return [self.number(other) for other in there if other is not tensor and _memory(other) == place]
 
     def rewritten(self) -> frozenset[int]:
         """The values whose tensors were changed in place afterwards."""

@@ -554,6 +554,29 @@ def test_what_stays_float_has_a_reason() -> None:
     assert all(name in text and reason in text for name, reason in left.items() if name)
 
 
+def reads_settings(m: Any, x: Tensor) -> Tensor:
+    return m.last(m.alone(m.conv(x)) / (1 + m.alone.eps))
+
+
+def wants_a_vector(m: Any, x: Tensor) -> Tensor:
+    if m.alone.weight.dim() != 1:
+        raise ValueError("a weight a channel is wanted")
+    return m.last(m.alone(m.conv(x)))
+
+
+@pytest.mark.parametrize(("run", "stays"), [(reads_settings, None), (wants_a_vector, "a weight a channel is wanted")])
+def test_a_lone_norm_is_no_reason_to_refuse_a_model(run: Callable[..., Any], stays: str | None) -> None:
+    model = randomise(Made(run, conv=conv(), alone=bn(), last=conv()))
+    qat = eagerq.convert_qat(model, example_inputs=image())
+    assert type(qat.conv) is type(qat.last) is nnqat.Conv2d
+    assert type(qat.alone) is (nnqat.BatchNorm2d if stays is None else nn.BatchNorm2d)
+    assert (stays or "") in dict(eagerq.report(qat).left_float).get("alone", "")
+    off = copy.deepcopy(qat).apply(eagerq.disable_fake_quant)
+    assert torch.equal(off(image()), copy.deepcopy(model)(image()))
+    qat(image())
+    assert torch.equal(eagerq.convert(qat)(image()), qat.eval()(image()))
+
+
 def test_modules_called_past_their_name_stay_float() -> None:
     net = BY_NAME["bound_conv"]
     qat = qat_of(net.model(), net.inputs())

@@ -122,6 +122,24 @@ class Thaws(Made):
         return self
 
 
+class TrainsInEval(Made):
+    """Lets its norm learn in eval mode, as test-time adaptation does."""
+
+    def eval(self) -> TrainsInEval:
+        super().eval()
+        self.bn.train()
+        return self
+
+
+class AsksPartsByName(Made):
+    """Reads a part of its norm whenever the mode is set."""
+
+    def train(self, mode: bool = True) -> AsksPartsByName:
+        super().train(mode)
+        self.bn.weight.requires_grad_(True)
+        return self
+
+
 def sets(name: str, value: Any) -> Callable[[Any, Tensor], Tensor]:
     """A forward that sets an attribute of the norm between conv and norm."""
 
@@ -328,6 +346,30 @@ def asks(question: Callable[[Any, Tensor], bool]) -> Callable[[Any, Tensor], Ten
     return run
 
 
+def without_gradients_in_eval(m: Any, x: Tensor) -> Tensor:
+    with torch.set_grad_enabled(m.training):
+        y = m.conv(x)
+    return m.relu(m.bn(y))
+
+
+def wants_targets(m: Any, x: Tensor) -> Tensor:
+    """Runs in eval mode only, as detectors do that are given no targets."""
+    if m.training:
+        raise ValueError("targets are wanted")
+    with torch.no_grad():
+        y = m.conv(x)
+    return m.relu(m.bn(y))
+
+
+def decodes(m: Any, x: Tensor) -> list[Tensor]:
+    """Cuts its result into slices in inference mode, where tensors count no versions."""
+    y = m.relu(m.bn(m.conv(x)))
+    with torch.inference_mode():
+        boxes = y.clone()
+        corners = [boxes[:, i] + boxes[:, i + 1] for i in range(C - 1)]
+    return [y, *(corner.clone().requires_grad_() for corner in corners)]
+
+
 OTHERS = "with other arguments"
 ALL = ("conv bn relu -> ConvBnReLU2d",)
 TAIL = ("bn relu -> BNReLU2d",)
@@ -381,6 +423,14 @@ TRAPS = (
         "conv clamp": "changes its settings between", "last clamp": "changes its settings between"}),
     Net("module", returns(lambda x, y: [x, Holder(y)]), TAIL, {"conv bn": "also an output of the model"}),
     Net("asks_for_gradients", net(asks(lambda m, x: not torch.is_grad_enabled())), TAIL, {"conv bn": "has 2 readers"}),
+    Net("asks_for_gradients_in_eval", net(asks(lambda m, x: torch.is_grad_enabled() and not m.training)), TAIL, {
+        "conv bn": "has 2 readers"}),
+    Net("without_gradients_in_eval", net(without_gradients_in_eval), TAIL, {"conv bn": "under other gradient modes"}),
+    Net("decodes", net(decodes), ALL),
+    Net("trains_in_eval", lambda: TrainsInEval(straight, conv=conv(), bn=bn(), relu=nn.ReLU()), (), {
+        "conv bn relu": "train(False) leaves bn in train mode"}),
+    Net("asks_parts_by_name", lambda: AsksPartsByName(straight, conv=conv(), bn=bn(), relu=nn.ReLU()), (), {
+        "conv bn relu": "AttributeError: 'Identity' object has no attribute 'weight'"}),
     Net("asks_a_weight_in_eval", net(asks(lambda m, x: m.conv.weight.requires_grad and not m.training)), TAIL, {
         "conv bn": "has 2 readers"}),
     Net("asks_for_a_device", net(asks(lambda m, x: x.is_cpu)), TAIL, {"conv bn": "has 2 readers"}, on_meta=False),
@@ -417,6 +467,14 @@ def test_fused_computes_the_same(trap: Net) -> None:
             seen.append((outputs, gradients, [state[key] for key in sorted(state)]))
         for ours, theirs in zip(*seen, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_where_train_mode_does_not_run_eval_mode_shows_the_gradient_modes() -> None:
+    model = net(wants_targets)().eval()
+    plan = eagerq.plan_fusion(model, example_inputs=image())
+    assert found(plan) == {(("bn", "relu"), "BNReLU2d", frozenset())}
+    assert "under other gradient modes" in next(skip.reason for skip in plan.skips if skip.names == ("conv", "bn"))
+    assert any("not watched in train mode, where the forward raises ValueError" in note for note in plan.notes)
 
 
 # --- without inputs

@@ -255,6 +255,8 @@ def _unshare(proto: Any) -> None:
             for reader in made:
                 if _scope(reader) == scope:
                     reader.input[:] = [own.output[0] if name == node.output[0] else name for name in reader.input]
+            del own.metadata_props[:]
+            own.metadata_props.extend(next(reader for reader in made if _scope(reader) == scope).metadata_props)
             dequantizers.append(own)
             kept.append(own)
         for dequantizer in dequantizers:

@@ -98,7 +98,7 @@ class ScaleOp(ConvOp):
 
     Raises:
         ValueError: if the input has not as many axes as the weight, as batch norms raise it.
-        RuntimeError: if it has other channels than the weight.
+        RuntimeError: if it has other channels than the weight, or holds integers.
     """
 
     casts = False
@@ -114,6 +114,8 @@ class ScaleOp(ConvOp):
         self.check_norm_input(input)
         if input.shape[1] != len(weight):  # which would broadcast
             raise RuntimeError(f"expected an input of {len(weight)} channels (got {input.shape[1]})")
+        if not input.is_floating_point():  # to which the result would be cut
+            raise RuntimeError(f"expected a floating-point input (got {input.dtype})")
         shape = (1, -1, *(1,) * (weight.dim() - 2))
         out = input * weight.reshape(shape)
         return (out if bias is None else out + bias.reshape(shape)).to(input.dtype)

@@ -228,15 +228,17 @@ class QATOp(Op, QATBase):
 
     def _adopt(self, members: list[nn.Module]) -> None:
         (source,) = members
-        for name, value in vars(source).items():
-            if name not in _BOOKKEEPING and name != "forward":
-                self.__dict__[name] = value
+        self.take_settings(source)
         if getattr(source, "same_padding", False):  # a fact of the float class, which a fused QAT class does not share
             self.same_padding = True
         for name, parameter in source._parameters.items():
             self.register_parameter(name, parameter)
         for name, buffer in source._buffers.items():
             self.register_buffer(name, buffer, name not in source._non_persistent_buffers_set)
+
+    def take_settings(self, source: nn.Module) -> None:
+        """Hold the attributes that ``source`` holds beside its tensors and modules."""
+        self.__dict__.update({k: v for k, v in vars(source).items() if k not in _BOOKKEEPING and k != "forward"})
 
     @property
     def input_quantizer(self) -> nn.Module | None:

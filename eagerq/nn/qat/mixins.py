@@ -129,8 +129,8 @@ class LoneNorm(WithBn, ScaleOp):
     :math:`\pm 127` of scale :math:`|a|/127` where scales are per channel, which loses nothing: there, training is the float
     norm's, bit for bit, between the quantizers of input and output. With one scale a tensor it is ``WithBn``'s textbook form.
 
-    ``weight`` is ones, ``(C, 1, ..., 1)``, and no parameter; the norm's own are those of ``bn``. Arguments: those of the norm
-    and ``qconfig``.
+    ``weight`` is ones, ``(C, 1, ..., 1)``, and no parameter; the norm's own, and its settings, are those of ``bn``.
+    Arguments: those of the norm and ``qconfig``.
     """
 
     #: The axes of the input behind its channels.
@@ -143,8 +143,8 @@ class LoneNorm(WithBn, ScaleOp):
 
     def _adopt(self, members: list[nn.Module]) -> None:
         (self.bn,) = members
-        self.num_features = int(self.bn.num_features)  # type: ignore[arg-type]
-        self.in_channels = self.out_channels = self.groups = self.num_features
+        self.take_settings(self.bn)
+        self.in_channels = self.out_channels = self.groups = int(self.bn.num_features)  # type: ignore[arg-type]
         self.kernel_size = self.stride = self.dilation = (1,) * self.spatial
         self.padding, self.padding_mode = (0,) * self.spatial, "zeros"
 
@@ -152,6 +152,15 @@ class LoneNorm(WithBn, ScaleOp):
     def weight(self) -> Tensor:  # type: ignore[override]
         like = next((t for t in (*self.bn.parameters(), *self.bn.buffers()) if t.is_floating_point()), torch.empty(0))
         return torch.ones((self.groups, *(1,) * (self.spatial + 1)), dtype=like.dtype, device=like.device)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            norm = self.__dict__.get("_modules", {}).get("bn")
+            if norm is None or name in ("weight", "bias") or name.startswith("__"):
+                raise
+            return getattr(norm, name)  # running_mean and the like, for code that reads them from outside
 
     def before_norm(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[nn.Module, Tensor] | None:
         if args or kwargs or not self.ends_with_norm():
