@@ -235,7 +235,8 @@ def _learning(out: Tensor, *sources: Any) -> Tensor:
     if torch.is_grad_enabled():
         for source in sources:
             if isinstance(source, Tensor) and source.requires_grad:
-                return source.clone() if source.shape == out.shape else out + source.reshape(-1)[0]
+                alike = source.shape == out.shape and source.stride() == out.stride()
+                return source.clone() if alike else out + source.reshape(-1)[0]
     return out
 
 
@@ -244,12 +245,47 @@ def _lstm(x: Tensor, hx: Any, *args: Any) -> Any:
     if not isinstance(hx, (tuple, list)):  # packed sequences come with their batch sizes second
         return torch.lstm(x, hx, *args)
     directions = 2 if args[5] else 1
-    out = x.new_empty(*x.shape[:-1], directions * hx[0].shape[-1])
+    leading = x.shape[1::-1] if args[6] else x.shape[:-1]  # batch first is a view of steps first
+    out = x.new_empty(*leading, directions * hx[0].shape[-1])
+    out = out.transpose(0, 1) if args[6] else out
     return tuple(_learning(t, x, *args[0]) for t in (out, torch.empty_like(hx[0]), torch.empty_like(hx[1])))
 
 
-#: PyTorch's own forms for shapes alone cost more than all else in a forward: a hundred calls, a step a token.
-_ON_META = {torch.batch_norm: _batch_norm, F.batch_norm: _batch_norm, torch.lstm: _lstm}
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What a linear layer does to shapes."""
+    if x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype:
+        return F.linear(x, weight, bias)
+    return _learning(x.new_empty(*x.shape[:-1], weight.shape[0]), x, weight, bias)
+
+
+def _layer_norm(x: Tensor, normalized_shape: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """What layer norm does to shapes."""
+    if tuple(x.shape[-len(normalized_shape) :]) != tuple(normalized_shape):
+        return F.layer_norm(x, normalized_shape, *args, **kwargs)
+    return _learning(torch.empty_like(x, memory_format=torch.contiguous_format), x, *args, *kwargs.values())
+
+
+def _elementwise(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """What a function of each element does to shapes."""
+    return _learning(torch.empty_like(x), x)
+
+
+def _normalize(x: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Tensor | None = None) -> Tensor:
+    """What normalising to length one does to shapes."""
+    return _elementwise(x) if out is None else F.normalize(x, p, dim, eps, out)
+
+
+#: PyTorch's own forms for shapes alone are many calls each, or a step a token, and would cost more than all else in a forward.
+_ON_META = {
+    torch.batch_norm: _batch_norm,
+    F.batch_norm: _batch_norm,
+    torch.lstm: _lstm,
+    F.linear: _linear,
+    torch.layer_norm: _layer_norm,
+    F.layer_norm: _layer_norm,
+    F.normalize: _normalize,
+    F.gelu: _elementwise,
+}
 
 
 class _Functions(TorchFunctionMode):
