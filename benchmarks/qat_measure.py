@@ -72,23 +72,22 @@ class Turn:
     host: float
 
 
-def timed(step: Step) -> Turn:
-    """One step on a device that has nothing else to do."""
+def timed(step: Step, steps: int) -> Turn:
+    """So many steps, one behind the other as training issues them, on a device that has nothing else to do; of one of them."""
     device = step.x.device
     synchronize(device)
-    if device.type != "cuda":
-        start = time.perf_counter()
-        step()
-        wall = 1e3 * (time.perf_counter() - start)
-        return Turn(wall, wall)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2)) if device.type == "cuda" else (None, None)
     start = time.perf_counter()
-    begin.record()
-    step()
-    end.record()
+    if begin is not None:
+        begin.record()
+    for _ in range(steps):
+        step()
+    if end is not None:
+        end.record()
     host = 1e3 * (time.perf_counter() - start)
     synchronize(device)
-    return Turn(begin.elapsed_time(end), host)
+    wall = host if begin is None else begin.elapsed_time(end)
+    return Turn(wall / steps, host / steps)
 
 
 @dataclasses.dataclass(frozen=True)

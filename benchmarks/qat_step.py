@@ -1,7 +1,8 @@
 """What a training step costs under QAT, beside the float step: eagerq, torch.ao's eager mode, torchao's pt2e and Brevitas.
 
-All variants of one net, precision and mode stand in one process and take turns, step by step, the first of a round changing. A
-ratio of step times is the median over rounds of variant / float in the same round. A step is forward, cross entropy on float
+All variants of one net, precision and mode stand in one process and take turns, the first of a round changing. A turn is a few
+steps, issued as training issues them: nothing waits for the device in between. A ratio of step times is the median over rounds
+of variant / float in the same round. A step is forward, cross entropy on float
 logits, backward, SGD with momentum, gradients dropped. Kernel time is the device time of all kernels and copies of a step, by
 torch.profiler; memory is the peak of one step with what the other variants hold taken off; the first step holds what
 torch.compile, Triton and lazy set-up cost, from empty caches. An unmeasured float step goes first, so that cuDNN's search is in
@@ -58,6 +59,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--compiled-variants", nargs="+", choices=list(VARIANTS), help="in compiled mode; else as --variants")
     parser.add_argument("--rounds", type=int, help="turns of each variant; 30 on CUDA, 12 on a CPU")
+    parser.add_argument("--turn", type=int, help="steps of a turn; 4 on CUDA, 1 on a CPU")
     parser.add_argument("--warm-up", type=int, default=5, help="steps after the first that are not measured")
     parser.add_argument("--profiled-steps", type=int, default=3)
     parser.add_argument("--compile-mode", default="default")
@@ -79,6 +81,7 @@ def arguments() -> argparse.Namespace:
         "modes": ["eager", "graphed", "compiled"] if cuda else ["eager"],
         "compiled_variants": options.variants,
         "rounds": 30 if cuda else 12,
+        "turn": 4 if cuda else 1,
         "memory_format": "channels_last" if cuda else "contiguous",
     }
     for name, value in defaults.items():
@@ -180,7 +183,7 @@ class Group:
         self.steps[row.variant] = step
 
     def in_turns(self) -> None:
-        """Rounds in which each variant takes one step."""
+        """Rounds in which each variant takes one turn."""
         turns: dict[str, list[Turn]] = {name: [] for name in self.steps}
         for i in range(-1, self.options.rounds):  # the round before the first is not measured
             if i >= FEWEST_ROUNDS and self.late():
@@ -189,7 +192,7 @@ class Group:
             first = i % len(names) if names else 0
             for name in names[first:] + names[:first]:
                 try:
-                    turn = timed(self.steps[name])
+                    turn = timed(self.steps[name], self.options.turn)
                 except Exception as error:
                     self.rows[name].error = in_one_line(error)
                     del self.steps[name]

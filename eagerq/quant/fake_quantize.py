@@ -257,16 +257,15 @@ class FakeQuantize(FollowsEngine, QuantState):
         Args:
             norm: PyTorch's own batch norm, as ``is_plain_norm`` says; its statistics learn.
         """
-        state, scratch, learns, by_kernel = self.state, None, self.learns, self.is_learned_by_kernels
+        state, learns, by_kernel = self.state, self.learns, self.is_learned_by_kernels
+        scratch: Any = self._buffers["scratch"]
         if learns and is_recomputing():
-            state = state_before(self.scratch) if by_kernel else self._before or state
+            state = state_before(scratch) if by_kernel else self._before or state
             learns = False
-        elif learns:
-            scratch = self._buffers["scratch"]
-            if not by_kernel:
-                self._remember()
+        elif learns and not by_kernel:
+            self._remember()
         rest = (bounds, self.constant, self._grid)
-        out, kept = operators.batch_norm_activation(x, norm, state, scratch, learns and by_kernel, *rest)
+        out, kept = operators.batch_norm_activation(x, norm, state, scratch, learns, learns and by_kernel, *rest)
         if learns and not by_kernel:
             self.observe(kept[4:6])
         elif learns:

@@ -11,7 +11,8 @@ r"""Fake quantization as ``torch.library`` operators that do in one pass what th
 - ``eagerq::batch_norm_activation``: a batch norm in training before all that, in the passes that it takes itself: statistics and
   the ends of each channel of x, then :math:`\hat a` of :math:`a = \mathrm{clamp}((x - \mu)\,\gamma/\sigma + \beta, low, high)`.
   A norm is monotone in each channel, after every rounding too, so the ends of its output are images of those of x. Its backward
-  ``eagerq::batch_norm_activation_gradient`` finds :math:`a` again from x, which a norm keeps anyway, and needs no mask.
+  finds :math:`a` again from x, which a norm keeps anyway, and needs no mask. Compilers see ``eagerq::batch_norm_statistics`` and
+  ``eagerq::batch_norm_sums``, the first pass of either way, and PyTorch's own functions, to be fused with what surrounds them.
 - ``eagerq::fake_quantize_weight``: range, scale and fake quantization of a weight by its own range, a scale for each of its
   outermost channels, in the dtype asked for. It never clips, so the gradient passes whole.
 
@@ -37,6 +38,11 @@ from eagerq.quant.spec import Grid
 
 _GRID = "int quant_min, int quant_max, int levels, int fixed_zero_point, bool symmetric, bool power_of_two"
 _STATE = "Tensor(a!) scale, Tensor(b!) zero_point, Tensor(c!) min_val, Tensor(d!) max_val"
+_NORM = (
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor(f!) running_mean, Tensor(g!) running_var, Tensor(h!)? batches,"
+    f" float momentum, float eps, {_STATE}, Tensor(e!) scratch, bool observes, bool learns, float? low, float? high,"
+    f" float? constant, {_GRID})"
+)
 
 _SCHEMAS = {
     "fake_quantize_activation": f"(Tensor x, {_STATE}, Tensor(e!)? scratch, float? low, float? high, float? constant, {_GRID},"
@@ -45,24 +51,21 @@ _SCHEMAS = {
     "fake_quantize_gated": f"(Tensor x, Tensor(a!)[] state, Tensor(b!)[] scratch, bool hard, float? constant, {_GRID})"
     " -> (Tensor, Tensor)",
     "gated_gradient": "(Tensor grad, Tensor x, Tensor used, bool hard, int quant_min, int quant_max) -> Tensor",
-    "batch_norm_activation": "(Tensor x, Tensor? weight, Tensor? bias, Tensor(f!) running_mean, Tensor(g!) running_var,"
-    f" Tensor(h!)? batches, float momentum, float eps, {_STATE}, Tensor(e!)? scratch, bool learns, float? low, float? high,"
-    f" float? constant, {_GRID}) -> (Tensor, Tensor)",
-    "batch_norm_activation_gradient": "(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor kept, float? low,"
-    " float? high, int quant_min, int quant_max) -> (Tensor, Tensor, Tensor)",
+    "batch_norm_activation": f"{_NORM} -> (Tensor, Tensor)",
+    "batch_norm_statistics": f"{_NORM} -> Tensor",
+    "batch_norm_sums": "(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor kept, float? low, float? high,"
+    " int quant_min, int quant_max) -> Tensor",
     "fake_quantize_weight": f"(Tensor weight, {_STATE}, {_GRID}, ScalarType dtype) -> Tensor",
 }
 #: Behind the name of an operator with a gradient, the same without one: what compiled code holds, since for the first PyTorch's
 #: dispatcher would enter Python twice.
 BELOW = "_below_autograd"
-_DIFFERENTIABLE = (
-    "fake_quantize_activation", "masked_gradient", "fake_quantize_gated", "batch_norm_activation", "fake_quantize_weight"
-)  # fmt: skip
+_WITH_BELOW = ("fake_quantize_activation", "masked_gradient", "fake_quantize_gated", "fake_quantize_weight")
 
 _LIBRARY: Any = torch.library.Library("eagerq", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema)
-    if _name in _DIFFERENTIABLE:
+    if _name in _WITH_BELOW:
         _LIBRARY.define(_name + BELOW + _schema)
 
 _activation = torch.ops.eagerq.fake_quantize_activation.default
@@ -75,8 +78,8 @@ _gated_gradient = torch.ops.eagerq.gated_gradient.default
 _weight = torch.ops.eagerq.fake_quantize_weight.default
 _weight_below = torch.ops.eagerq.fake_quantize_weight_below_autograd.default
 _norm = torch.ops.eagerq.batch_norm_activation.default
-_norm_below = torch.ops.eagerq.batch_norm_activation_below_autograd.default
-_norm_gradient = torch.ops.eagerq.batch_norm_activation_gradient.default
+_norm_statistics = torch.ops.eagerq.batch_norm_statistics.default
+_norm_sums = torch.ops.eagerq.batch_norm_sums.default
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -143,16 +146,18 @@ def fake_quantize_gated(
 
 
 def batch_norm_activation(
-    x: Tensor, norm: Any, state: State, scratch: Tensor | None, learns: bool, bounds: Bounds, constant: float | None, grid: Grid
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, norm: Any, state: State, scratch: Tensor, observes: bool, learns: bool, bounds: Bounds, constant: float | None,
+    grid: Grid,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Batch norm in training, activation, fake quantization and observation; see the module's text.
 
     Args:
         x: ``(N, C, *)``, less than 2^30 values a channel, more than one.
         norm: one of which ``is_plain_norm``; its statistics learn.
         state, bounds, constant, grid: as of ``fake_quantize_activation``.
-        scratch: the quantizer's ``WORDS``; None takes no range.
-        learns: the state learns from the range.
+        scratch: the quantizer's ``WORDS``.
+        observes: the range of the batch is taken.
+        learns: the state learns it.
 
     Returns:
         the result, and what was kept, in which, where a range is taken that the state does not learn, 4 and 5 are its ends.
@@ -161,7 +166,7 @@ def batch_norm_activation(
     weight, bias = parameters["weight"], parameters["bias"]
     rest = (
         buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"], float(norm.momentum), float(norm.eps),
-        *state, scratch, learns, *bounds, constant, *grid,
+        *state, scratch, observes, learns, *bounds, constant, *grid,
     )  # fmt: skip
     if _is_plain(x):
         found: tuple[Tensor, Tensor] = _Norm.apply(x, weight, bias, rest)  # type: ignore[no-untyped-call]
@@ -179,10 +184,12 @@ def fake_quantize_weight(weight: Tensor, state: State, grid: Grid, dtype: torch.
         grid: the codes.
         dtype: of the result.
     """
-    if _is_plain(weight):
-        out: Tensor = _Weight.apply(weight, (*state, *grid, dtype))  # type: ignore[no-untyped-call]
-        return out
-    out = _weight(weight, *state, *grid, dtype)
+    kernels = _triton() if _is_plain(weight) and weight.dtype in _DTYPES and plain.dense(weight) is weight else None
+    if kernels is None:
+        return _weight(weight, *state, *grid, dtype)  # type: ignore[no-any-return]
+    # a copy, whose gradient passes whole in PyTorch's own node, which the kernel then writes by its address
+    out = weight.clone() if dtype == weight.dtype else weight.to(dtype)
+    kernels.weight_forward(weight, out, *state, grid)
     return out
 
 
@@ -233,45 +240,74 @@ def _fast_gated_gradient(grad: Tensor, x: Tensor, used: Tensor, hard: bool, quan
     return out
 
 
-def _fast_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor, batches: Tensor | None,
-    momentum: float, eps: float, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor, scratch: Tensor | None,
-    learns: bool, low: float | None, high: float | None, constant: float | None, *rest: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    kernels, state = _triton_norms(), (scale, zero_point, min_val, max_val)
-    if kernels is None or x.dtype not in _DTYPES:
-        args: tuple[Any, ...] = (momentum, eps, *state, scratch, learns, low, high, constant, *rest)
-        return plain.norm_activation(x, weight, bias, running_mean, running_var, batches, *args)
-    x = plain.dense(x)
-    if x.dtype != torch.float32:
-        low, high = _held(low, x.dtype), _held(high, x.dtype)
-    out = torch.empty_like(x)
-    kept = torch.empty(plain.KEPT + 2 * x.shape[1], dtype=torch.float32, device=x.device)
-    kernels.forward(
-        x, out, kept, weight, bias, running_mean, running_var, batches, momentum, eps, state, scratch, learns, (low, high),
-        constant, Grid(*rest),
-    )  # fmt: skip
+def _fast_statistics(x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> Tensor:
+    kernels = _kernels_of_norm(x)
+    if kernels is None:
+        return plain.norm_statistics(x, weight, bias, *rest)
+    kept = _kept_of(x)
+    _launch_norm(kernels, x, None, kept, weight, bias, *rest)
+    return kept
+
+
+def _fast_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    kernels = _kernels_of_norm(x)
+    if kernels is None:
+        return plain.norm_activation(x, weight, bias, *rest)
+    out, kept = torch.empty_like(x), _kept_of(x)
+    _launch_norm(kernels, x, out, kept, weight, bias, *rest)
     return out, kept
 
 
+def _launch_norm(
+    kernels: ModuleType, x: Tensor, out: Tensor | None, kept: Tensor, weight: Tensor | None, bias: Tensor | None,
+    running_mean: Tensor, running_var: Tensor, batches: Tensor | None, momentum: float, eps: float, scale: Tensor,
+    zero_point: Tensor, min_val: Tensor, max_val: Tensor, scratch: Tensor, observes: bool, learns: bool, low: float | None,
+    high: float | None, constant: float | None, *grid: Any,
+) -> None:  # fmt: skip
+    if x.dtype != torch.float32:
+        low, high = _held(low, x.dtype), _held(high, x.dtype)
+    state = (scale, zero_point, min_val, max_val)
+    kernels.forward(
+        x, out, kept, weight, bias, running_mean, running_var, batches, momentum, eps, state, scratch, observes, learns,
+        low, high, constant, grid,
+    )  # fmt: skip
+
+
+def _fast_sums(grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor, *rest: Any) -> Tensor:
+    kernels = _kernels_of_norm(x) if grad.dtype in _DTYPES else None
+    if kernels is None:
+        return plain.norm_sums(grad, x, weight, bias, kept, *rest)
+    found = _sums_of(x)
+    kernels.backward(grad.contiguous(memory_format=memory_format(x)), x, None, found, weight, bias, kept)
+    return found
+
+
 def _fast_norm_gradient(
-    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor, low: float | None, high: float | None,
-    quant_min: int, quant_max: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    kernels = _triton_norms()
-    if kernels is None or grad.dtype not in _DTYPES or x.dtype not in _DTYPES:
-        return plain.norm_activation_gradient(grad, x, weight, bias, kept, low, high, quant_min, quant_max)
-    x = plain.dense(x)
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    kernels = _kernels_of_norm(x) if grad.dtype in _DTYPES else None
+    if kernels is None:
+        found = plain.norm_sums(grad, x, weight, bias, kept, *rest)
+        return plain.norm_gradient(grad, x, weight, bias, kept, found, *rest), found
     grad = grad.contiguous(memory_format=memory_format(x))
-    out = torch.empty_like(x, dtype=grad.dtype)
-    of_weight, of_bias = _gradients_of(x, weight, bias)
-    kernels.backward(grad, x, out, of_weight, of_bias, weight, bias, kept)
-    return out, of_weight, of_bias
+    out, found = torch.empty_like(grad), _sums_of(x)
+    kernels.backward(grad, x, out, found, weight, bias, kept)
+    return out, found
 
 
-def _gradients_of(x: Tensor, *parameters: Tensor | None) -> list[Tensor]:
-    """Memory of the gradients of a norm's parameters."""
-    return [torch.empty(x.shape[1], dtype=torch.float32 if p is None else p.dtype, device=x.device) for p in parameters]
+def _kernels_of_norm(x: Tensor) -> ModuleType | None:
+    """The kernels, where they serve: of channels that lie side by side."""
+    return _triton_norms() if x.dtype in _DTYPES and plain.has_channels_last(x) else None
+
+
+def _kept_of(x: Tensor) -> Tensor:
+    """Memory of what a norm's forward keeps."""
+    return torch.empty(plain.KEPT + 2 * x.shape[1], dtype=torch.float32, device=x.device)
+
+
+def _sums_of(x: Tensor) -> Tensor:
+    """Memory of what a norm's backward sums."""
+    return torch.empty(2, x.shape[1], dtype=torch.float32, device=x.device)
 
 
 def _fast_gradient(grad: Tensor, mask: Tensor) -> Tensor:
@@ -310,15 +346,15 @@ def _fake_gated_gradient(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
 
 
 def _fake_norm(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    kept = torch.empty(plain.KEPT + 2 * x.shape[1], dtype=torch.float32, device=x.device)
-    return torch.empty_like(plain.dense(x)), kept
+    return torch.empty_like(plain.dense(x)), _kept_of(x)
 
 
-def _fake_norm_gradient(
-    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    of_weight, of_bias = _gradients_of(x, weight, bias)
-    return torch.empty_like(plain.dense(x), dtype=grad.dtype), of_weight, of_bias
+def _fake_statistics(x: Tensor, *rest: Any) -> Tensor:
+    return _kept_of(x)
+
+
+def _fake_sums(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    return _sums_of(x)
 
 
 def _fake_gradient(grad: Tensor, mask: Tensor) -> Tensor:
@@ -416,13 +452,18 @@ class _Gated(torch.autograd.Function):
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = _below(x, _norm_below, _fast_norm, weight, bias, *rest)
-        ctx.save_for_backward(x, weight, bias, found[1])
-        ctx.mark_non_differentiable(found[1])
-        ctx.set_materialize_grads(False)
-        low, high, _, quant_min, quant_max, *_ = rest[11:]
+        low, high, _, quant_min, quant_max, *_ = rest[12:]
         ctx.arguments, ctx.eps = (low, high, quant_min, quant_max), rest[4]
-        return found
+        ctx.kind = None if weight is None else weight.dtype
+        if _is_plain(x):
+            out, kept = _fast_norm(x, weight, bias, *rest)
+        else:
+            kept = _norm_statistics(x, weight, bias, *rest)
+            out, _ = plain.norm_applied(plain.dense(x), weight, bias, kept, *ctx.arguments)
+        ctx.save_for_backward(x, weight, bias, kept)
+        ctx.mark_non_differentiable(kept)
+        ctx.set_materialize_grads(False)
+        return out, kept
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -430,16 +471,22 @@ class _Norm(torch.autograd.Function):
             return None, None, None, None
         if torch.is_grad_enabled():  # somebody will differentiate the gradient
             return *_norms_own_gradient(ctx, grad), None
-        gradient: Any = _fast_norm_gradient if _is_plain(grad) else _norm_gradient
-        out, of_weight, of_bias = gradient(grad, *ctx.saved_tensors, *ctx.arguments)
-        return out, of_weight if ctx.needs_input_grad[1] else None, of_bias if ctx.needs_input_grad[2] else None, None
+        if _is_plain(grad):
+            out, found = _fast_norm_gradient(grad, *ctx.saved_tensors, *ctx.arguments)
+        else:
+            found = _norm_sums(grad, *ctx.saved_tensors, *ctx.arguments)
+            out = plain.norm_gradient(grad, *ctx.saved_tensors, found, *ctx.arguments)
+        if not ctx.needs_input_grad[1]:
+            return out, None, None, None
+        of_bias, of_weight = (found if ctx.kind == torch.float32 else found.to(ctx.kind)).unbind()
+        return out, of_weight, of_bias, None
 
 
 def _norms_own_gradient(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     """Of x, weight and bias through PyTorch's norm, which has derivatives of any order."""
     x, weight, bias, kept = ctx.saved_tensors
     with torch.no_grad():
-        passes = plain.passes(x, weight, bias, kept, *ctx.arguments)
+        _, passes = plain.norm_applied(plain.dense(x), weight, bias, kept, *ctx.arguments)
     y = torch.nn.functional.batch_norm(x, None, None, weight, bias, True, 0.0, ctx.eps)
     needs = ctx.needs_input_grad[:3]
     wanted = [t for t, needed in zip((x, weight, bias), needs, strict=True) if needed]
@@ -471,10 +518,11 @@ for _name, _function, _plain, _fast, _fake in (
     ("fake_quantize_gated", _Gated, plain.gated, _fast_gated, _fake_gated),
     ("gated_gradient", None, plain.gated_gradient, _fast_gated_gradient, _fake_gated_gradient),
     ("batch_norm_activation", _Norm, plain.norm_activation, _fast_norm, _fake_norm),
-    ("batch_norm_activation_gradient", None, plain.norm_activation_gradient, _fast_norm_gradient, _fake_norm_gradient),
+    ("batch_norm_statistics", None, plain.norm_statistics, _fast_statistics, _fake_statistics),
+    ("batch_norm_sums", None, plain.norm_sums, _fast_sums, _fake_sums),
     ("fake_quantize_weight", _Weight, plain.weight_by_its_range, _fast_weight, _fake_weight),
 ):
-    for _each in (_name, _name + BELOW) if _name in _DIFFERENTIABLE else (_name,):
+    for _each in (_name, _name + BELOW) if _name in _WITH_BELOW else (_name,):
         _LIBRARY.impl(_each, _plain, "CompositeExplicitAutograd")
         _LIBRARY.impl(_each, _fast, "CUDA")
         torch.library.register_fake(f"eagerq::{_each}", _fake, lib=_LIBRARY)

@@ -16,12 +16,15 @@ from eagerq.quant.spec import Grid
 
 #: A quantizer's scale, zero point, least and greatest value.
 State = tuple[Tensor, Tensor, Tensor, Tensor]
+#: Blocks of a norm's channels, at most, of which each has a count of the programs that are done.
+BLOCKS = 64
 #: Words of scratch memory of a quantizer, int32 and zero at first: what the programs of one launch share (the batch's range,
-#: how many are done), and the state that the launch found.
-WORDS = 7
+#: how many are done), the state that the launch found, and the counts.
+COUNTS = 7
+WORDS = COUNTS + BLOCKS
 #: Where a norm's statistics begin in what its forward keeps: before them are scale, zero point, whether a range was known, at 4
-#: the ends of the batch, and at 6, where a kernel wrote it, between which values the gradient passes.
-KEPT = 8
+#: the ends of the batch, at 6, where a kernel wrote it, between which values the gradient passes, and at 8 counts, all zero.
+KEPT = 8 + BLOCKS
 
 
 def state_before(scratch: Tensor) -> State:
@@ -171,11 +174,11 @@ def normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tens
     return (y if bias is None else y + _along_channels(bias.float(), x)).to(x.dtype)
 
 
-def norm_activation(
+def norm_statistics(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor, batches: Tensor | None,
-    momentum: float, eps: float, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor, scratch: Tensor | None,
-    learns: bool, low: float | None, high: float | None, constant: float | None, *rest: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    momentum: float, eps: float, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor, scratch: Tensor,
+    observes: bool, learns: bool, low: float | None, high: float | None, constant: float | None, *rest: Any,
+) -> Tensor:  # fmt: skip
     state, grid = (scale, zero_point, min_val, max_val), Grid(*rest)
     x = dense(x)
     axes = [0, *range(2, x.dim())]
@@ -186,46 +189,63 @@ def norm_activation(
     if batches is not None:
         batches.add_(1)
     inverse = torch.ones_like(var) / torch.sqrt(var + eps)
-    a = normalised(x, weight, bias, mean, inverse)
-    a = a if low is None and high is None else a.clamp(low, high)
     used = torch.stack([scale.reshape(()), zero_point.reshape(()).float(), ((min_val != 0) | (max_val != 0)).float()])
     kept = torch.cat([used, used.new_zeros(KEPT - 3), mean, inverse])
-    out, _ = _fake_quantized(a, state, grid)
-    if scratch is not None and learns:
-        _learn(a, state, state_before(scratch), constant, grid)
-    elif scratch is not None:
-        kept[4:6] = torch.stack(a.aminmax())
-    return out, kept
+    if observes:
+        a = normalised(x, weight, bias, mean, inverse)
+        a = a if low is None and high is None else a.clamp(low, high)
+        if learns:
+            _learn(a, state, state_before(scratch), constant, grid)
+        else:
+            kept[4:6] = torch.stack(a.aminmax())
+    return kept
 
 
-def passes(
+def norm_applied(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor, low: float | None, high: float | None, quant_min: int,
     quant_max: int,
-) -> Tensor:  # fmt: skip
-    """Where a norm's gradient passes: where neither clamp nor clip held its output."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """With what ``norm_statistics`` kept of x: the result, and where its gradient passes, as neither clamp nor clip held it."""
     (scale, zero, known), (mean, inverse) = kept[:3], kept[KEPT:].reshape(2, -1)
     y = normalised(x, weight, bias, mean, inverse)
     a = y if low is None and high is None else y.clamp(low, high)
-    _, inside = _fake_quantized(a, (scale, zero, known, known), Grid(quant_min, quant_max, 0, 0, False, False))
+    out, inside = _fake_quantized(a, (scale, zero, known, known), Grid(quant_min, quant_max, 0, 0, False, False))
     for bound, within in ((low, torch.gt), (high, torch.lt)):
         if bound is not None:
             inside = inside & within(y, bound)
-    return inside
+    return out, inside
 
 
-def norm_activation_gradient(
-    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def norm_activation(x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    x = dense(x)
+    kept = norm_statistics(x, weight, bias, *rest)
+    low, high, _, quant_min, quant_max, *_ = rest[12:]
+    return norm_applied(x, weight, bias, kept, low, high, quant_min, quant_max)[0], kept
+
+
+def norm_sums(grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor, *rest: Any) -> Tensor:
+    """Of the gradient that passes, for each channel: its sum and that of its product with the normalised x, ``(2, C)``; the
+    gradients of bias and weight."""
     x = dense(x)
     mean, inverse = kept[KEPT:].reshape(2, -1)
-    passed = torch.where(passes(x, weight, bias, kept, *rest), grad.float(), 0.0)
+    passed = torch.where(norm_applied(x, weight, bias, kept, *rest)[1], grad.float(), 0.0)
     apart = (x.float() - _along_channels(mean, x)) * _along_channels(inverse, x)
-    axes, n = [0, *range(2, x.dim())], x.numel() // x.shape[1]
-    total, products = passed.sum(axes), (passed * apart).sum(axes)
+    axes = [0, *range(2, x.dim())]
+    return torch.stack([passed.sum(axes), (passed * apart).sum(axes)])
+
+
+def norm_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor, found: Tensor, *rest: Any
+) -> Tensor:
+    """Of x, with what ``norm_sums`` found."""
+    x = dense(x)
+    mean, inverse = kept[KEPT:].reshape(2, -1)
+    n = x.numel() // x.shape[1]
+    passed = torch.where(norm_applied(x, weight, bias, kept, *rest)[1], grad.float(), 0.0)
     factor = inverse if weight is None else inverse * weight.float()
-    out = passed - _along_channels(total / n, x) - apart * _along_channels(products / n, x)
-    kinds = (torch.float32, torch.float32) if weight is None or bias is None else (weight.dtype, bias.dtype)
-    return (out * _along_channels(factor, x)).to(grad.dtype), products.to(kinds[0]), total.to(kinds[1])
+    shift, slope = found[0] / n, found[1] / n * inverse
+    out = passed - _along_channels(shift, x) - (x.float() - _along_channels(mean, x)) * _along_channels(slope, x)
+    return (out * _along_channels(factor, x)).to(grad.dtype)
 
 
 def masked_gradient(grad: Tensor, mask: Tensor) -> Tensor:

@@ -7,9 +7,7 @@ bits wide.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -264,11 +262,21 @@ def _masked_gradient(grad_ptr, mask_ptr, out_ptr, n, EVEN: tl.constexpr, BLOCK: 
 
 
 @triton.jit
-def _gate(x, HARD: tl.constexpr):
+def _gate(x, HARD: tl.constexpr, FUSED: tl.constexpr):
     """The gate of SiLU or Hardswish."""
     if HARD:
         return tl.math.div_rn(_clamp(x + 3.0, 0.0, 6.0), 6.0)
-    return 1.0 / (1.0 + tl.exp(-x))
+    if FUSED:
+        # 2^(-x log2 e), whose exponent's last digits are lost in one float32: the more, the larger x is
+        log2e = tl.zeros_like(x) + 1.4426950408889634
+        whole = -x * log2e
+        rest = tl.fma(-x, log2e, -whole) - x * 1.9259629911e-8
+        rest = tl.where(tl.abs(whole) < 256.0, rest * 0.6931471805599453, 0.0)
+        exponential = tl.exp2(whole)
+        exponential = tl.fma(exponential, rest, exponential)
+    else:
+        exponential = tl.exp(-x)
+    return 1.0 / (1.0 + exponential)
 
 
 @triton.jit
@@ -320,7 +328,7 @@ def _gated_forward(
         x = _load(x_ptr, lanes, start, n, EVEN)
         q, _inside = _code(x, scale, inverse, QMIN - zero, QMAX - zero, FUSED)
         a = tl.where(known, q * scale, x).to(kind).to(tl.float32)  # rounded where the modules' own tensors are
-        gate = _gate(a, HARD).to(kind).to(tl.float32)
+        gate = _gate(a, HARD, FUSED).to(kind).to(tl.float32)
         q, _inside = _code(gate, g_scale, g_inverse, QMIN - g_zero, QMAX - g_zero, FUSED)
         b = tl.where(g_known, q * g_scale, gate).to(kind).to(tl.float32)
         y = (a * b).to(kind).to(tl.float32)
@@ -379,7 +387,7 @@ def _gated_backward(
         grad = _load(grad_ptr, lanes, start, n, EVEN)
         q, passes = _code(x, scale, inverse, QMIN - zero, QMAX - zero, FUSED)
         a = tl.where(unknown, x, q * scale).to(kind).to(tl.float32)
-        fine = _gate(a, HARD)
+        fine = _gate(a, HARD, FUSED)
         gate = fine.to(kind).to(tl.float32)
         q, gate_passes = _code(gate, g_scale, g_inverse, QMIN - g_zero, QMAX - g_zero, FUSED)
         b = tl.where(g_unknown, gate, q * g_scale).to(kind).to(tl.float32)
@@ -452,36 +460,30 @@ def _launch(
     ``n``, the one integer among the arguments, divide by 16. Pointers to one value are not specialized on.
     """
     first, second = tensors[0], tensors[1]
-    with device_of(first) as stream:
-        addresses = [*map(address, tensors)]
-        aligned = (addresses[0] & 15, addresses[1] & 15, addresses[2] & 15)
-        # of the kernel its number: Triton hashes its text
-        key = (id(kernel), first.get_device(), constants, warps, first.dtype, second.dtype, aligned, n & 15 == 0, n == 1, n >> 31)
-        compiled = _COMPILED.get(key)
-        if compiled is None:
-            made = kernel[(programs,)](*tensors, *scalars, *constants, num_warps=warps, enable_fp_fusion=False)
-            _COMPILED[key] = made and (made.run, made.function, made.packed_metadata)  # an interpreter gives None
-        else:
-            run, function, metadata = compiled
-            run(programs, 1, 1, stream, function, metadata, None, None, None, *addresses, *scalars, *constants)
+    stream = stream_of(first)
+    if stream is None:
+        with torch.cuda.device(first.device):
+            _launch(kernel, programs, tensors, scalars, n, constants, warps)
+        return
+    addresses = [*map(address, tensors)]
+    aligned = (addresses[0] & 15, addresses[1] & 15, addresses[2] & 15)
+    # of the kernel its number: Triton hashes its text
+    key = (id(kernel), first.get_device(), constants, warps, first.dtype, second.dtype, aligned, n & 15 == 0, n == 1, n >> 31)
+    compiled = _COMPILED.get(key)
+    if compiled is None:
+        made = kernel[(programs,)](*tensors, *scalars, *constants, num_warps=warps, enable_fp_fusion=False)
+        _COMPILED[key] = made and (made.run, made.function, made.packed_metadata)  # an interpreter gives None
+    else:
+        run, function, metadata = compiled
+        run(programs, 1, 1, stream, function, metadata, None, None, None, *addresses, *scalars, *constants)
 
 
-@contextlib.contextmanager
-def _moved(device: int) -> Iterator[int]:
-    with torch.cuda.device(device):
-        yield torch._C._cuda_getCurrentRawStream(device)
-
-
-def device_of(x: Tensor) -> Any:
-    """A context in which Triton launches where x lies; it gives the stream."""
+def stream_of(x: Tensor) -> int | None:
+    """Where Triton, which launches on the current device, launches on what lies as x does: the stream; None on other devices."""
+    if not x.is_cuda:
+        return 0
     device = x.get_device()
-    if device != _current(x):
-        return _moved(device)
-    return contextlib.nullcontext(torch._C._cuda_getCurrentRawStream(device) if x.is_cuda else 0)
-
-
-def _current(x: Tensor) -> int:
-    return torch.cuda.current_device() if x.is_cuda else -1
+    return torch._C._cuda_getCurrentRawStream(device) if device == torch.cuda.current_device() else None
 
 
 def _processors(x: Tensor) -> int:

@@ -1,11 +1,11 @@
 """Triton kernels of a batch norm in training with what follows it: activation, observation and fake quantization.
 
-Forward: a pass over x finds each channel's mean, squares about it, least and greatest value; a small launch makes of them the
-statistics and, since a norm is monotone in each channel, the ends of its output, from which the quantizer learns; a second pass
-writes the result. Backward: a pass sums the gradient, a small launch adds the sums, a second pass writes the gradient of x. Both
-backward passes find again from x where the gradient passes, so nothing but x is kept.
+Forward: a pass over x finds each channel's mean, squares about it, least and greatest value, and makes of them the statistics
+and, since a norm is monotone in each channel, the ends of its output, from which the quantizer learns; a second pass writes the
+result. Backward: a pass sums the gradient, a second pass writes the gradient of x. Both backward passes find again from x where
+the gradient passes, so nothing but x is kept.
 
-Values lie as rows of channels (channels last) or, with LENGTH values of a channel side by side, as contiguous tensors do.
+Values lie as rows of channels. Programs that share channels sum a part of the rows each; the last of them adds the parts up.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from eagerq.quant import plain_kernels as plain
-from eagerq.quant.functional import Bounds
-from eagerq.quant.spec import Grid
 from eagerq.quant.triton_kernels import (
     _code,
     _give,
@@ -31,30 +29,33 @@ from eagerq.quant.triton_kernels import (
     _seen,
     _value,
     address,
-    device_of,
+    stream_of,
 )
 
-#: Values of one program's step and programs for each multiprocessor, which share the rows: of passes that sum, and that write.
-_FORWARD_SUMS = (2048, 4)
-_BACKWARD_SUMS = (4096, 2)
-_WRITES = (4096, 12)
-#: Most channels of a step.
-_WIDE = 64
+#: Values of one program's step, programs for each multiprocessor, which share the rows, and steps whose values are on their way
+#: at once, since memory answers late: of passes that sum, and that write.
+_FORWARD_SUMS = (4096, 2, 4)
+_BACKWARD_SUMS = (2048, 3, 3)
+_WRITES = (4096, 8, 3)
+#: Most channels of a step of a pass that sums, unless there would be too many blocks of them, and of one that writes.
+_SUMMED = 32
+_WRITTEN = 64
 _WARPS = 8
 #: Where in what a forward keeps mean and inverse deviation of each channel begin.
 KEPT = tl.constexpr(plain.KEPT)
-#: Channels of one program of a small launch, and the parts of a sum that it reads at once.
-_FEW = 16
-_PARTS = 256
+#: Where in a quantizer's scratch memory a count for each block of channels begins.
+COUNTS = tl.constexpr(plain.COUNTS)
+#: Values that are added up at once.
+_ADDED = 1024
 
 _SMALL = [
     f"{name}_ptr"
     for name in (
         "part", "weight", "bias", "kept", "running_mean", "running_var", "batches", "scale", "zero", "least", "greatest",
-        "scratch", "grad_weight", "grad_bias",
+        "scratch", "sums",
     )
 ]  # fmt: skip
-_INTEGERS = ["rows", "chunk", "length", "parts"]
+_INTEGERS = ["rows", "chunk", "parts"]
 
 
 @triton.jit
@@ -65,56 +66,15 @@ def _place(pid, channels, BC: tl.constexpr):
 
 
 @triton.jit
-def _offsets(row, column, channels, length, LAST: tl.constexpr):
+def _offsets(row, column, channels):
     """Where values lie: 64 bits wide."""
-    if LAST:
-        return row.to(tl.int64)[:, None] * channels + column[None, :]
-    image = row // length
-    return (row + image.to(tl.int64) * (channels - 1) * length)[:, None] + column.to(tl.int64)[None, :] * length
+    return row.to(tl.int64)[:, None] * channels + column[None, :]
 
 
 @triton.jit
 def _values(ptr, at, here):
     """float32 values; nothing is read elsewhere."""
     return tl.load(ptr + at, mask=here, other=0.0).to(tl.float32)
-
-
-@triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_SMALL)
-def _norm_sums(
-    x_ptr, part_ptr, rows, chunk, length, parts, channels, LAST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
-):  # fmt: skip
-    """Of a part of the rows, for each channel: mean, squares about it, least and greatest value."""
-    part, column = _place(tl.program_id(0), channels, BC)
-    inside = column < channels
-    first = part * chunk
-    end = tl.minimum(first + chunk, rows)
-    lanes = tl.arange(0, BR)
-    row = first + lanes
-    x = _values(x_ptr, _offsets(row, column, channels, length, LAST), (row < end)[:, None] & inside[None, :])
-    near = tl.sum(x, axis=0) / tl.minimum(end - first, BR)  # values less one near their mean have sums without cancellation
-    total = tl.zeros((BR, BC), tl.float32)
-    squares = tl.zeros((BR, BC), tl.float32)
-    low = tl.full((BR, BC), float("inf"), tl.float32)
-    high = tl.full((BR, BC), float("-inf"), tl.float32)
-    for start in range(first, end, BR):
-        row = start + lanes
-        within = (row < end)[:, None]
-        x = _values(x_ptr, _offsets(row, column, channels, length, LAST), within & inside[None, :])
-        new_low, new_high = _seen(x, low, high)
-        low = tl.where(within, new_low, low)
-        high = tl.where(within, new_high, high)
-        apart = tl.where(within, x - near[None, :], 0.0)
-        total += apart
-        squares += apart * apart
-    count = (end - first).to(tl.float32)
-    sums = tl.sum(total, axis=0)
-    away = sums / count
-    step = parts.to(tl.int64) * channels
-    at = part_ptr + part.to(tl.int64) * channels + column
-    tl.store(at, near + away, mask=inside)
-    tl.store(at + step, tl.maximum(tl.sum(squares, axis=0) - sums * away, 0.0), mask=inside)
-    tl.store(at + 2 * step, tl.min(tl.where(low != low, float("-inf"), low), axis=0), mask=inside)
-    tl.store(at + 3 * step, tl.max(tl.where(high != high, float("inf"), high), axis=0), mask=inside)
 
 
 @triton.jit
@@ -159,23 +119,34 @@ def _statistics(kept_ptr, weight_ptr, bias_ptr, channels, column, inside, AFFINE
     return mean, inverse, factor, bias
 
 
-@triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_SMALL)
+@triton.jit
+def _is_last(count_ptr, of):
+    """Whether a program is the last of so many that come here; what the others wrote before is then seen."""
+    tl.debug_barrier()
+    last = tl.atomic_add(count_ptr, 1) == of - 1
+    if last:
+        tl.atomic_xchg(count_ptr, 0)
+    return last
+
+
+@triton.jit
 def _norm_finish(
     x_ptr, part_ptr, kept_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, batches_ptr, scale_ptr, zero_ptr,
-    least_ptr, greatest_ptr, scratch_ptr, rows, chunk, parts, channels, momentum, eps, low, high, constant,
+    least_ptr, greatest_ptr, scratch_ptr, rows, chunk, parts, channels, momentum, eps, low, high, constant, column,
     AFFINE: tl.constexpr, TRACKS: tl.constexpr, OBSERVE: tl.constexpr, LEARN: tl.constexpr,
     HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr,
     QMIN: tl.constexpr, QMAX: tl.constexpr, LEVELS: tl.constexpr, FIXED_ZERO: tl.constexpr,
     SYMMETRIC: tl.constexpr, POWER_OF_TWO: tl.constexpr, MIN_MAX: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of the parts, running statistics, and what the quantizer learns."""
-    pid = tl.program_id(0)
+    """Of one block of channels: statistics of the parts, running statistics, and what the quantizer learns."""
+    inside = column < channels
     scale = tl.load(scale_ptr)
     zero = tl.load(zero_ptr).to(tl.float32)
     least = tl.load(least_ptr)
     greatest = tl.load(greatest_ptr)
-    if pid == 0:
-        slot = tl.arange(0, KEPT)
+    first = tl.min(column, axis=0) == 0
+    if first:
+        slot = tl.arange(0, 8)
         known = ((least != 0.0) | (greatest != 0.0)).to(tl.float32)
         below = tl.where(known != 0.0, _last_clipped(scale, QMIN - zero, -1.0), float("-inf"))
         above = tl.where(known != 0.0, _last_clipped(scale, QMAX - zero, 1.0), float("inf"))
@@ -187,34 +158,35 @@ def _norm_finish(
         tl.store(kept_ptr + slot, tl.where(slot == 6, below, tl.where(slot == 7, above, used)))
         if TRACKS:
             tl.store(batches_ptr, tl.load(batches_ptr) + 1)
-    column = pid * BC + tl.arange(0, BC)
-    inside = column < channels
     lanes = tl.arange(0, BP)
     step = parts.to(tl.int64) * channels
+    near = tl.load(part_ptr + column, mask=inside, other=0.0, cache_modifier=".cg")
     total = tl.zeros((BP, BC), tl.float32)
-    for start in range(0, parts, BP):
-        part = start + lanes
-        at = part.to(tl.int64)[:, None] * channels + column[None, :]
-        count = tl.minimum(chunk, rows - part * chunk).to(tl.float32)
-        total += _values(part_ptr, at, (part < parts)[:, None] & inside[None, :]) * count[:, None]
-    n = rows.to(tl.float32)
-    mean = tl.sum(total, axis=0) / n
     squares = tl.zeros((BP, BC), tl.float32)
     seen_low = tl.full((BP, BC), float("inf"), tl.float32)
     seen_high = tl.full((BP, BC), float("-inf"), tl.float32)
     for start in range(0, parts, BP):
         part = start + lanes
-        at = part.to(tl.int64)[:, None] * channels + column[None, :]
+        at = part_ptr + _offsets(part, column, channels)
         here = (part < parts)[:, None] & inside[None, :]
-        count = tl.minimum(chunk, rows - part * chunk).to(tl.float32)
-        away = _values(part_ptr, at, here) - mean[None, :]
-        squares += tl.where(here, _values(part_ptr, at + step, here) + count[:, None] * (away * away), 0.0)
-        seen_low = tl.minimum(seen_low, tl.load(part_ptr + at + 2 * step, mask=here, other=float("inf")))
-        seen_high = tl.maximum(seen_high, tl.load(part_ptr + at + 3 * step, mask=here, other=float("-inf")))
-    deviation = tl.sum(squares, axis=0)
+        count = tl.where(part < parts, tl.minimum(chunk, rows - part * chunk), 0).to(tl.float32)[:, None]
+        mean = tl.load(at, mask=here, other=0.0, cache_modifier=".cg")
+        about = tl.load(at + step, mask=here, other=0.0, cache_modifier=".cg")
+        seen_low = tl.minimum(seen_low, tl.load(at + 2 * step, mask=here, other=float("inf"), cache_modifier=".cg"))
+        seen_high = tl.maximum(seen_high, tl.load(at + 3 * step, mask=here, other=float("-inf"), cache_modifier=".cg"))
+        away = tl.where(here, mean - near[None, :], 0.0)
+        total += count * away
+        squares += about + count * (away * away)
+    n = rows.to(tl.float32)
+    sums = tl.sum(total, axis=0)
+    shift = sums / n
+    mean = near + shift
+    deviation = tl.sum(squares, axis=0) - sums * shift
+    deviation = tl.where(deviation < 0.0, 0.0, deviation)
     inverse = tl.math.div_rn(1.0, tl.sqrt_rn(deviation / n + eps))
     tl.store(kept_ptr + KEPT + column, mean, mask=inside)
     tl.store(kept_ptr + KEPT + channels + column, inverse, mask=inside)
+    tl.store(kept_ptr + 8 + tl.min(column, axis=0) // BC, 0.0)  # where a backward counts
     kept = _values(running_mean_ptr, column, inside)
     kept = mean * momentum + (1.0 - momentum) * kept
     tl.store(running_mean_ptr + column, kept.to(running_mean_ptr.dtype.element_ty), mask=inside)
@@ -228,11 +200,9 @@ def _norm_finish(
         two = _bounded(_affine(tl.max(seen_high, axis=0), mean, factor, bias, kind), low, high, HAS_LOW, HAS_HIGH)
         one_low, one_high = _seen(one, two, two)
         # what lies beyond the last channel is as the first
-        first = tl.sum(tl.where(tl.arange(0, BC) == 0, one_low, 0.0), axis=0)
-        _give(scratch_ptr, tl.where(inside, one_low, first), tl.where(inside, one_high, first))
-        tl.debug_barrier()
-        if tl.atomic_add(scratch_ptr + 2, 1) == tl.num_programs(0) - 1:
-            tl.atomic_xchg(scratch_ptr + 2, 0)
+        head = tl.sum(tl.where(tl.arange(0, BC) == 0, one_low, 0.0), axis=0)
+        _give(scratch_ptr, tl.where(inside, one_low, head), tl.where(inside, one_high, head))
+        if _is_last(scratch_ptr + 2, tl.cdiv(channels, BC)):
             if LEARN:
                 _learn(
                     scratch_ptr, scale_ptr, zero_ptr, least_ptr, greatest_ptr, scale, zero, least, greatest,
@@ -244,10 +214,61 @@ def _norm_finish(
 
 
 @triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_SMALL)
+def _norm_statistics(
+    x_ptr, part_ptr, kept_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, batches_ptr, scale_ptr, zero_ptr,
+    least_ptr, greatest_ptr, scratch_ptr, rows, chunk, parts, channels, momentum, eps, low, high, constant,
+    AFFINE: tl.constexpr, TRACKS: tl.constexpr, OBSERVE: tl.constexpr, LEARN: tl.constexpr,
+    HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, LEVELS: tl.constexpr, FIXED_ZERO: tl.constexpr,
+    SYMMETRIC: tl.constexpr, POWER_OF_TWO: tl.constexpr, MIN_MAX: tl.constexpr,
+    BP: tl.constexpr, STAGES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Of a part of the rows, for each channel: mean, squares about it, least and greatest value; then of all parts."""
+    part, column = _place(tl.program_id(0), channels, BC)
+    inside = column < channels
+    first = part * chunk
+    end = tl.minimum(first + chunk, rows)
+    lanes = tl.arange(0, BR)
+    row = first + lanes
+    x = _values(x_ptr, _offsets(row, column, channels), (row < end)[:, None] & inside[None, :])
+    near = tl.sum(x, axis=0) / tl.minimum(end - first, BR)  # values less one near their mean have sums without cancellation
+    total = tl.zeros((BR, BC), tl.float32)
+    squares = tl.zeros((BR, BC), tl.float32)
+    low_seen = tl.full((BR, BC), float("inf"), tl.float32)
+    high_seen = tl.full((BR, BC), float("-inf"), tl.float32)
+    for start in tl.range(first, end, BR, num_stages=STAGES):
+        row = start + lanes
+        within = (row < end)[:, None]
+        x = _values(x_ptr, _offsets(row, column, channels), within & inside[None, :])
+        new_low, new_high = _seen(x, low_seen, high_seen)
+        low_seen = tl.where(within, new_low, low_seen)
+        high_seen = tl.where(within, new_high, high_seen)
+        apart = tl.where(within, x - near[None, :], 0.0)
+        total += apart
+        squares += apart * apart
+    count = (end - first).to(tl.float32)
+    sums = tl.sum(total, axis=0)
+    away = sums / count
+    step = parts.to(tl.int64) * channels
+    at = part_ptr + part.to(tl.int64) * channels + column
+    tl.store(at, near + away, mask=inside)
+    tl.store(at + step, tl.maximum(tl.sum(squares, axis=0) - sums * away, 0.0), mask=inside)
+    tl.store(at + 2 * step, tl.min(tl.where(low_seen != low_seen, float("-inf"), low_seen), axis=0), mask=inside)
+    tl.store(at + 3 * step, tl.max(tl.where(high_seen != high_seen, float("inf"), high_seen), axis=0), mask=inside)
+    if _is_last(scratch_ptr + COUNTS + tl.program_id(0) % tl.cdiv(channels, BC), parts):
+        _norm_finish(
+            x_ptr, part_ptr, kept_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, batches_ptr, scale_ptr,
+            zero_ptr, least_ptr, greatest_ptr, scratch_ptr, rows, chunk, parts, channels, momentum, eps, low, high, constant,
+            column, AFFINE, TRACKS, OBSERVE, LEARN, HAS_LOW, HAS_HIGH, QMIN, QMAX, LEVELS, FIXED_ZERO, SYMMETRIC, POWER_OF_TWO,
+            MIN_MAX, BP, BC,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_SMALL)
 def _norm_forward(
-    x_ptr, out_ptr, weight_ptr, bias_ptr, kept_ptr, rows, chunk, length, channels, low, high,
+    x_ptr, out_ptr, weight_ptr, bias_ptr, kept_ptr, rows, chunk, channels, low, high,
     AFFINE: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, QMIN: tl.constexpr,
-    QMAX: tl.constexpr, FUSED: tl.constexpr, LAST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    QMAX: tl.constexpr, FUSED: tl.constexpr, STAGES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     part, column = _place(tl.program_id(0), channels, BC)
     inside = column < channels
@@ -259,9 +280,9 @@ def _norm_forward(
     first = part * chunk
     end = tl.minimum(first + chunk, rows)
     lanes = tl.arange(0, BR)
-    for start in range(first, end, BR):
+    for start in tl.range(first, end, BR, num_stages=STAGES):
         row = start + lanes
-        at = _offsets(row, column, channels, length, LAST)
+        at = _offsets(row, column, channels)
         here = (row < end)[:, None] & inside[None, :]
         x = _values(x_ptr, at, here)
         y = _affine(x, mean[None, :], factor[None, :], bias[None, :], x_ptr.dtype.element_ty)
@@ -278,11 +299,12 @@ def _passed(grad, x, mean, factor, bias, below, above, KIND: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_SMALL)
-def _norm_backward_sums(
-    x_ptr, grad_ptr, part_ptr, weight_ptr, bias_ptr, kept_ptr, rows, chunk, length, parts, channels,
-    AFFINE: tl.constexpr, LAST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+def _norm_sums(
+    x_ptr, grad_ptr, part_ptr, sums_ptr, weight_ptr, bias_ptr, kept_ptr, rows, chunk, parts, channels,
+    AFFINE: tl.constexpr, BP: tl.constexpr, STAGES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Of a part of the rows, for each channel: the sum of the gradient, and of its product with the normalised x."""
+    """Of a part of the rows, for each channel: the sum of the gradient, and of its product with the normalised x; then of all
+    parts."""
     part, column = _place(tl.program_id(0), channels, BC)
     inside = column < channels
     below = tl.load(kept_ptr + 6)
@@ -293,9 +315,9 @@ def _norm_backward_sums(
     lanes = tl.arange(0, BR)
     total = tl.zeros((BR, BC), tl.float32)
     products = tl.zeros((BR, BC), tl.float32)
-    for start in range(first, end, BR):
+    for start in tl.range(first, end, BR, num_stages=STAGES):
         row = start + lanes
-        at = _offsets(row, column, channels, length, LAST)
+        at = _offsets(row, column, channels)
         here = (row < end)[:, None] & inside[None, :]
         x = _values(x_ptr, at, here)
         grad = _values(grad_ptr, at, here)
@@ -304,39 +326,28 @@ def _norm_backward_sums(
         total += grad
         products += grad * (x - mean[None, :])
     at = part_ptr + part.to(tl.int64) * channels + column
+    step = parts.to(tl.int64) * channels
     tl.store(at, tl.sum(total, axis=0), mask=inside)
-    tl.store(at + parts.to(tl.int64) * channels, tl.sum(products, axis=0) * inverse, mask=inside)
-
-
-@triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_SMALL)
-def _norm_backward_finish(
-    part_ptr, grad_weight_ptr, grad_bias_ptr, parts, channels, AFFINE: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr
-):  # fmt: skip
-    column = tl.program_id(0) * BC + tl.arange(0, BC)
-    inside = column < channels
-    lanes = tl.arange(0, BP)
-    total = tl.zeros((BP, BC), tl.float32)
-    products = tl.zeros((BP, BC), tl.float32)
-    for start in range(0, parts, BP):
-        part = start + lanes
-        here = (part < parts)[:, None] & inside[None, :]
-        at = part.to(tl.int64)[:, None] * channels + column[None, :]
-        total += _values(part_ptr, at, here)
-        products += _values(part_ptr, at + parts.to(tl.int64) * channels, here)
-    all_of_it = tl.sum(total, axis=0)
-    all_products = tl.sum(products, axis=0)
-    sum_ptr = part_ptr + 2 * parts.to(tl.int64) * channels
-    tl.store(sum_ptr + column, all_of_it, mask=inside)
-    tl.store(sum_ptr + channels + column, all_products, mask=inside)
-    if AFFINE:
-        tl.store(grad_bias_ptr + column, all_of_it.to(grad_bias_ptr.dtype.element_ty), mask=inside)
-        tl.store(grad_weight_ptr + column, all_products.to(grad_weight_ptr.dtype.element_ty), mask=inside)
+    tl.store(at + step, tl.sum(products, axis=0) * inverse, mask=inside)
+    counts = (kept_ptr + 8).to(tl.pointer_type(tl.int32))
+    if _is_last(counts + tl.program_id(0) % tl.cdiv(channels, BC), parts):
+        rows_of_parts = tl.arange(0, BP)
+        all_of_it = tl.zeros((BP, BC), tl.float32)
+        all_products = tl.zeros((BP, BC), tl.float32)
+        for start in range(0, parts, BP):
+            one = start + rows_of_parts
+            here = (one < parts)[:, None] & inside[None, :]
+            its = part_ptr + _offsets(one, column, channels)
+            all_of_it += tl.load(its, mask=here, other=0.0, cache_modifier=".cg")
+            all_products += tl.load(its + step, mask=here, other=0.0, cache_modifier=".cg")
+        tl.store(sums_ptr + column, tl.sum(all_of_it, axis=0), mask=inside)
+        tl.store(sums_ptr + channels + column, tl.sum(all_products, axis=0), mask=inside)
 
 
 @triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_SMALL)
 def _norm_backward(
-    x_ptr, grad_ptr, out_ptr, part_ptr, weight_ptr, bias_ptr, kept_ptr, rows, chunk, length, parts, channels,
-    AFFINE: tl.constexpr, LAST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    x_ptr, grad_ptr, out_ptr, sums_ptr, weight_ptr, bias_ptr, kept_ptr, rows, chunk, channels,
+    AFFINE: tl.constexpr, STAGES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     part, column = _place(tl.program_id(0), channels, BC)
     inside = column < channels
@@ -344,15 +355,14 @@ def _norm_backward(
     above = tl.load(kept_ptr + 7)
     mean, inverse, factor, bias = _statistics(kept_ptr, weight_ptr, bias_ptr, channels, column, inside, AFFINE)
     n = rows.to(tl.float32)
-    sum_ptr = part_ptr + 2 * parts.to(tl.int64) * channels
-    shift = _values(sum_ptr, column, inside) / n
-    slope = _values(sum_ptr + channels, column, inside) / n * inverse
+    shift = _values(sums_ptr, column, inside) / n
+    slope = _values(sums_ptr + channels, column, inside) / n * inverse
     first = part * chunk
     end = tl.minimum(first + chunk, rows)
     lanes = tl.arange(0, BR)
-    for start in range(first, end, BR):
+    for start in tl.range(first, end, BR, num_stages=STAGES):
         row = start + lanes
-        at = _offsets(row, column, channels, length, LAST)
+        at = _offsets(row, column, channels)
         here = (row < end)[:, None] & inside[None, :]
         x = _values(x_ptr, at, here)
         grad = _values(grad_ptr, at, here)
@@ -366,110 +376,110 @@ def _norm_backward(
 
 
 class _Plan:
-    """How the programs of a pass share x, ``parts`` of ``chunk`` rows each in tiles of (rows, channels), and the kernels compiled
+    """How the programs of a pass share x, ``parts`` of ``chunk`` rows each in tiles of (rows, channels), and the kernel compiled
     for all that is as it was: a launch then looks nothing up."""
 
-    def __init__(self, x: Tensor, tile: int, waves: int) -> None:
+    def __init__(self, x: Tensor, tile: int, waves: int, stages: int, widest: int) -> None:
         self.channels = x.shape[1]
-        self.length = math.prod(x.shape[2:])
-        self.rows = x.shape[0] * self.length
-        self.last = self.length == 1 or not x.is_contiguous()
-        wide = min(_WIDE, triton.next_power_of_2(self.channels)) if self.last else 1
-        self.tile = (tile // wide, wide)
+        self.rows = x.shape[0] * math.prod(x.shape[2:])
+        wide = min(triton.next_power_of_2(self.channels), widest)
+        height = max(tile // wide, 1)
         blocks = -(-self.channels // wide)
         most = max(1, _processors(x) * waves // blocks)
-        steps = -(-self.rows // self.tile[0])
-        self.chunk = -(-steps // most) * self.tile[0]
+        steps = -(-self.rows // height)
+        self.chunk = -(-steps // most) * height
         self.parts = -(-self.rows // self.chunk)
         self.programs = self.parts * blocks
-        self.few = -(-self.channels // _FEW)
-        self.layout = (self.last, *self.tile)
-        self.compiled: dict[Any, Any] = {}
+        self.layout = (stages, height, wide)
+        self.added = min(max(_ADDED // wide, 1), triton.next_power_of_2(self.parts))
+        self.compiled: Any = None
+
+    @classmethod
+    def of_sums(cls, x: Tensor, tile: int, waves: int, stages: int) -> _Plan:
+        return cls(x, tile, waves, stages, max(_SUMMED, triton.next_power_of_2(-(-x.shape[1] // plain.BLOCKS))))
 
     def launch(
-        self, kernel: Any, programs: int, stream: int, tensors: tuple[Tensor, ...], scalars: tuple[float, ...],
-        constants: tuple[Any, ...], warps: int,
-    ) -> None:  # fmt: skip
-        compiled = self.compiled.get(id(kernel))
-        if compiled is None:
-            made = kernel[(programs,)](*tensors, *scalars, *constants, num_warps=warps, enable_fp_fusion=False)
-            self.compiled[id(kernel)] = made and (made.run, made.function, made.packed_metadata)
+        self, kernel: Any, stream: int, tensors: tuple[Tensor, ...], scalars: tuple[float, ...], constants: tuple[Any, ...]
+    ) -> None:
+        if self.compiled is None:
+            constants = (*constants, *self.layout)
+            made = kernel[(self.programs,)](*tensors, *scalars, *constants, num_warps=_WARPS, enable_fp_fusion=False)
+            self.compiled = made and (made.run, made.function, made.packed_metadata, constants)  # an interpreter gives None
         else:
-            run, function, metadata = compiled
-            run(programs, 1, 1, stream, function, metadata, None, None, None, *map(address, tensors), *scalars, *constants)
+            run, function, metadata, constants = self.compiled
+            run(self.programs, 1, 1, stream, function, metadata, None, None, None, *map(address, tensors), *scalars, *constants)
 
 
 _PLANS: dict[Any, tuple[_Plan, _Plan]] = {}
 _MOST_PLANS = 4096
 
 
-def _plans(x: Tensor, other: Tensor, sums: tuple[int, int], *key: Any) -> tuple[_Plan, _Plan]:
-    """Of the pass that sums and the one that writes."""
-    aligned = (x.data_ptr() & 15, other.data_ptr() & 15)
-    key = (x.shape, x.is_contiguous(), x.dtype, other.dtype, x.get_device(), aligned, sums, key)
-    plans = _PLANS.get(key)
-    if plans is None:
-        if len(_PLANS) >= _MOST_PLANS:  # of images of ever new sizes
-            _PLANS.clear()
-        _PLANS[key] = plans = _Plan(x, *sums), _Plan(x, *_WRITES)
-    return plans
+def _new(key: Any, sums: _Plan, writes: _Plan) -> tuple[_Plan, _Plan]:
+    if len(_PLANS) >= _MOST_PLANS:  # of images of ever new sizes
+        _PLANS.clear()
+    _PLANS[key] = sums, writes
+    return sums, writes
 
 
 def forward(
-    x: Tensor, out: Tensor, kept: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor,
-    batches: Tensor | None, momentum: float, eps: float, state: tuple[Tensor, ...], scratch: Tensor | None, learns: bool,
-    bounds: Bounds, constant: float | None, grid: Grid,
+    x: Tensor, out: Tensor | None, kept: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor,
+    running_var: Tensor, batches: Tensor | None, momentum: float, eps: float, state: tuple[Tensor, ...], scratch: Tensor,
+    observes: bool, learns: bool, low: float | None, high: float | None, constant: float | None, grid: tuple[Any, ...],
 ) -> None:  # fmt: skip
-    """Launch: ``out`` of ``x``, which lie in memory alike, and what their backward needs; with ``scratch`` the range of the
-    batch is taken: the state learns it, or it is kept."""
-    low, high = bounds
-    key = (weight is not None, batches is not None, scratch is not None, learns, low is not None, high is not None)
-    rest = (kept if weight is None else weight, kept if bias is None else bias)
-    kinds = (rest[0].dtype, rest[1].dtype, running_mean.dtype, running_var.dtype, batches is not None and batches.dtype)
-    with device_of(x) as stream:
-        sums, writes = _plans(x, out, _FORWARD_SUMS, key, kinds, constant is None, grid)
-        channels = sums.channels
-        low, high = low or 0.0, high or 0.0
-        part = torch.empty(4, sums.parts, channels, dtype=torch.float32, device=x.device)
-        sums.launch(
-            _norm_sums, sums.programs, stream, (x, part), (sums.rows, sums.chunk, sums.length, sums.parts, channels),
-            sums.layout, _WARPS,
-        )  # fmt: skip
-        small = (running_mean, running_var, kept if batches is None else batches, *state, kept if scratch is None else scratch)
-        sums.launch(
-            _norm_finish, sums.few, stream, (x, part, kept, *rest, *small),
-            (sums.rows, sums.chunk, sums.parts, channels, momentum, eps, low, high, float(constant or 0)),
-            (*key, *grid, constant is None, _PARTS, _FEW), 4,
-        )  # fmt: skip
+    """Launch: ``kept``, what later passes read, of ``x``, and where it is asked for ``out``, which lies in memory as x does.
+
+    The running statistics learn. Where the launch ``observes``, the range of the batch is taken: the state learns it, or it is
+    kept.
+    """
+    stream = stream_of(x)
+    if stream is None:
+        with torch.cuda.device(x.device):
+            args = (running_mean, running_var, batches, momentum, eps, state, scratch, observes, learns, low, high, constant)
+            forward(x, out, kept, weight, bias, *args, grid)
+        return
+    first, second = kept if weight is None else weight, kept if bias is None else bias
+    flags = (weight is not None, batches is not None, observes, learns, low is not None, high is not None)
+    kinds = (x.dtype, first.dtype, second.dtype, running_mean.dtype, running_var.dtype)
+    key = (x.shape, x.get_device(), x.data_ptr() & 15, kinds, flags, constant is None, grid)
+    sums, writes = _PLANS.get(key) or _new(key, _Plan.of_sums(x, *_FORWARD_SUMS), _Plan(x, *_WRITES, _WRITTEN))
+    channels, low, high = sums.channels, low or 0.0, high or 0.0
+    part = torch.empty(4, sums.parts, channels, dtype=torch.float32, device=x.device)
+    small = (running_mean, running_var, kept if batches is None else batches, *state, scratch)
+    sums.launch(
+        _norm_statistics, stream, (x, part, kept, first, second, *small),
+        (sums.rows, sums.chunk, sums.parts, channels, momentum, eps, low, high, constant or 0.0),
+        (*flags, *grid, constant is None, sums.added),
+    )  # fmt: skip
+    if out is not None:
         writes.launch(
-            _norm_forward, writes.programs, stream,
-            (x, out, *rest, kept), (writes.rows, writes.chunk, writes.length, channels, low, high),
-            (key[0], *key[4:], grid.quant_min, grid.quant_max, not _interprets(), *writes.layout), _WARPS,
+            _norm_forward, stream, (x, out, first, second, kept), (writes.rows, writes.chunk, channels, low, high),
+            (flags[0], flags[4], flags[5], grid[0], grid[1], not _interprets()),
         )  # fmt: skip
 
 
 def backward(
-    grad: Tensor, x: Tensor, out: Tensor, grad_weight: Tensor, grad_bias: Tensor, weight: Tensor | None, bias: Tensor | None,
-    kept: Tensor,
-) -> None:  # fmt: skip
-    """Launch: the gradients of ``forward``; ``grad``, ``x`` and ``out`` lie in memory alike."""
+    grad: Tensor, x: Tensor, out: Tensor | None, found: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor
+) -> None:
+    """Launch: ``found``, of the gradient that passes, for each channel, the sum and that of its product with the normalised x;
+    and where it is asked for ``out``, the gradient of x. ``grad``, ``x`` and ``out`` lie in memory alike."""
+    stream = stream_of(x)
+    if stream is None:
+        with torch.cuda.device(x.device):
+            backward(grad, x, out, found, weight, bias, kept)
+        return
+    first, second = kept if weight is None else weight, kept if bias is None else bias
     affine = weight is not None
-    rest = (kept if weight is None else weight, kept if bias is None else bias)
-    with device_of(x) as stream:
-        sums, writes = _plans(x, grad, _BACKWARD_SUMS, affine, rest[0].dtype, rest[1].dtype)
-        channels = sums.channels
-        part = torch.empty(2 * sums.parts + 2, channels, dtype=torch.float32, device=x.device)
-        sums.launch(
-            _norm_backward_sums, sums.programs, stream,
-            (x, grad, part, *rest, kept), (sums.rows, sums.chunk, sums.length, sums.parts, channels),
-            (affine, *sums.layout), _WARPS,
-        )  # fmt: skip
-        sums.launch(
-            _norm_backward_finish, sums.few, stream, (part, grad_weight, grad_bias), (sums.parts, channels),
-            (affine, _PARTS, _FEW), 4,
-        )  # fmt: skip
+    aligned = (x.data_ptr() & 15, grad.data_ptr() & 15)
+    key = (x.shape, x.get_device(), aligned, x.dtype, grad.dtype, first.dtype, second.dtype, affine)
+    sums, writes = _PLANS.get(key) or _new(key, _Plan.of_sums(x, *_BACKWARD_SUMS), _Plan(x, *_WRITES, _WRITTEN))
+    channels = sums.channels
+    part = torch.empty(2, sums.parts, channels, dtype=torch.float32, device=x.device)
+    sums.launch(
+        _norm_sums, stream, (x, grad, part, found, first, second, kept), (sums.rows, sums.chunk, sums.parts, channels),
+        (affine, sums.added),
+    )  # fmt: skip
+    if out is not None:
         writes.launch(
-            _norm_backward, writes.programs, stream,
-            (x, grad, out, part, *rest, kept), (writes.rows, writes.chunk, writes.length, sums.parts, channels),
-            (affine, *writes.layout), _WARPS,
+            _norm_backward, stream, (x, grad, out, found, first, second, kept), (writes.rows, writes.chunk, channels),
+            (affine,),
         )  # fmt: skip

@@ -169,20 +169,27 @@ def is_plain_norm(norm: nn.Module, x: Tensor) -> bool:
         return False
     if "forward" in norm.__dict__:  # somebody's own, on this one alone
         return False
-    learns = norm.training and bool(norm.track_running_stats) and is_foldable(norm) and norm.momentum is not None
-    if not (learns and x.shape[1] < x.numel() < 2**30 * x.shape[1]):  # of one value a channel the norm says what is wrong
+    if not (norm.training and norm.track_running_stats) or norm.momentum is None:
         return False
-    members = {**norm._parameters, **norm._buffers}
-    held = [members.get(name) for name in ("weight", "bias", "running_mean", "running_var")]
-    if (held[0] is None) != (held[1] is None) or held[2] is None or held[3] is None or "num_batches_tracked" not in members:
-        return False  # one of them is made by other code
-    return all(t is None or _is_plain_vector(t, x) for t in held)
+    channels = x.shape[1]
+    if not channels < x.numel() < 2**30 * channels:  # of one value a channel the norm says what is wrong
+        return False
+    parameters, buffers = norm._parameters, norm._buffers
+    try:
+        weight, bias = parameters["weight"], parameters["bias"]
+        held = (weight, bias, buffers["running_mean"], buffers["running_var"])
+    except KeyError:  # one of them is made by other code
+        return False
+    if (weight is None) != (bias is None) or held[2] is None or held[3] is None or "num_batches_tracked" not in buffers:
+        return False
+    shape, device = x.shape[1:2], x.device
+    for t in held:  # kernels may read it by its address: one value for each of x's channels, side by side, where x lies
+        if t is not None and not (type(t) in _VECTORS and t.shape == shape and t.is_contiguous() and t.device == device):
+            return False
+    return True
 
 
-def _is_plain_vector(values: Tensor, x: Tensor) -> bool:
-    """Whether kernels may read it by its address: one value for each of x's channels, side by side, where x lies."""
-    plain = type(values) in (Tensor, nn.Parameter) and values.is_contiguous()
-    return plain and values.shape == x.shape[1:2] and values.device == x.device
+_VECTORS = frozenset({Tensor, nn.Parameter})
 
 
 class HoldsNorm(nn.Module):
