@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from . import zoo
+from .__main__ import uncovered
 
 
 class Checks:
@@ -69,3 +70,18 @@ def test_what_a_forward_saves_counts_once_and_weights_do_not() -> None:
     weights = 8 * sum(p.numel() for p in model.parameters()) / 2**20
     values = 4 * 4_000_000 / 2**20
     assert zoo.working_mb(model, (4, 1000, 1000)) == pytest.approx(1500 + weights + 3 * values)
+
+
+def test_the_quick_models_hold_every_class_with_a_convolution(tmp_path: Path) -> None:
+    """As few as cover, quick ones first; one that is left out leaves classes that only it holds."""
+    store = zoo.Store(tmp_path)
+    held = {"slow": ["A", "B"], "fast": ["A"], "other": ["B", "C"], "none": []}
+    seconds = {"slow": 9.0, "fast": 1.0, "other": 1.0, "none": 1.0}
+    for name, classes in held.items():
+        store.add({"kind": "structure", "model": name, "classes": classes, "seconds": seconds[name], "right": True})
+    quick = zoo.quick_cover(store)
+    assert quick == ["fast", "other"]
+    results = list(store.results.values())
+    assert uncovered(results, quick) == []
+    assert uncovered(results, ["fast"]) == ["B", "C"]
+    assert uncovered(results, []) == ["A", "B", "C"]
