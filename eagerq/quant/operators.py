@@ -454,7 +454,6 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         low, high, _, quant_min, quant_max, *_ = rest[12:]
         ctx.arguments, ctx.eps = (low, high, quant_min, quant_max), rest[4]
-        ctx.kind = None if weight is None else weight.dtype
         if _is_plain(x):
             out, kept = _fast_norm(x, weight, bias, *rest)
         else:
@@ -476,10 +475,12 @@ class _Norm(torch.autograd.Function):
         else:
             found = _norm_sums(grad, *ctx.saved_tensors, *ctx.arguments)
             out = plain.norm_gradient(grad, *ctx.saved_tensors, found, *ctx.arguments)
-        if not ctx.needs_input_grad[1]:
+        needs = ctx.needs_input_grad
+        if not (needs[1] or needs[2]):
             return out, None, None, None
-        of_bias, of_weight = (found if ctx.kind == torch.float32 else found.to(ctx.kind)).unbind()
-        return out, of_weight, of_bias, None
+        of_bias, of_weight = found.unbind()
+        weight, bias = ctx.saved_tensors[1:3]
+        return out, of_weight.to(weight.dtype) if needs[1] else None, of_bias.to(bias.dtype) if needs[2] else None, None
 
 
 def _norms_own_gradient(ctx: Any, grad: Tensor) -> list[Tensor | None]:
