@@ -192,10 +192,8 @@ class _Recorder:
             self.trace.exits[self.values.number(output)].append(Exit(name, len(self.trace.calls)))
 
     def function(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if func in _ON_META and args and isinstance(args[0], Tensor) and args[0].is_meta:
-            func = _ON_META[func]
         if self.inside:
-            return func(*args, **kwargs)
+            return _run(func, args, kwargs)
         name = reading_function(func)
         if name is None:
             self.trace.unlike_data |= asks_for_device(func)
@@ -204,7 +202,7 @@ class _Recorder:
         self.inside += 1
         self.given.append(set(inputs))
         try:
-            result = func(*args, **kwargs)
+            result = _run(func, args, kwargs)
         except Exception:
             self.trace.unlike_data = True  # should the model catch it
             raise
@@ -225,9 +223,14 @@ def _autocast() -> tuple[Any, ...]:
     return depth, *((kind, torch.get_autocast_dtype(kind)) for kind in on)
 
 
-def _batch_norm(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """What batch norm does to shapes."""
-    return _learning(torch.empty_like(x), x, *args, *kwargs.values())
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    """What the function gives; on the meta device by its shape alone where that is known."""
+    alone = _ON_META.get(func)
+    if alone is not None and args and isinstance(args[0], Tensor) and args[0].is_meta:
+        result = alone(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+    return func(*args, **kwargs)
 
 
 def _learning(out: Tensor, *sources: Any) -> Tensor:
@@ -235,15 +238,25 @@ def _learning(out: Tensor, *sources: Any) -> Tensor:
     if torch.is_grad_enabled():
         for source in sources:
             if isinstance(source, Tensor) and source.requires_grad:
-                alike = source.shape == out.shape and source.stride() == out.stride()
-                return source.clone() if alike else out + source.reshape(-1)[0]
+                alike = (source.shape, source.stride(), source.device) == (out.shape, out.stride(), out.device)
+                return source.clone() if alike else out + source.sum()
     return out
+
+
+def _fits(parameter: Any, shape: tuple[int, ...], x: Tensor) -> bool:
+    """Whether it is no parameter or one that PyTorch takes: for all others PyTorch says what is wrong."""
+    return parameter is None or (tuple(parameter.shape) == shape and parameter.dtype == x.dtype and parameter.is_meta)
+
+
+def _batch_norm(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """What batch norm does to shapes."""
+    return _learning(torch.empty_like(x), x, *args, *kwargs.values())
 
 
 def _lstm(x: Tensor, hx: Any, *args: Any) -> Any:
     """What an LSTM does to shapes."""
     if not isinstance(hx, (tuple, list)):  # packed sequences come with their batch sizes second
-        return torch.lstm(x, hx, *args)
+        return NotImplemented
     directions = 2 if args[5] else 1
     leading = x.shape[1::-1] if args[6] else x.shape[:-1]  # batch first is a view of steps first
     out = x.new_empty(*leading, directions * hx[0].shape[-1])
@@ -251,32 +264,37 @@ def _lstm(x: Tensor, hx: Any, *args: Any) -> Any:
     return tuple(_learning(t, x, *args[0]) for t in (out, torch.empty_like(hx[0]), torch.empty_like(hx[1])))
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """What a linear layer does to shapes."""
-    if x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype:
-        return F.linear(x, weight, bias)
+    if x.dim() < 2 or weight.dim() != 2 or not _fits(weight, (weight.shape[0], x.shape[-1]), x):
+        return NotImplemented
+    if not _fits(bias, (weight.shape[0],), x):
+        return NotImplemented
     return _learning(x.new_empty(*x.shape[:-1], weight.shape[0]), x, weight, bias)
 
 
-def _layer_norm(x: Tensor, normalized_shape: Any, *args: Any, **kwargs: Any) -> Tensor:
+def _layer_norm(x: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
     """What layer norm does to shapes."""
-    if tuple(x.shape[-len(normalized_shape) :]) != tuple(normalized_shape):
-        return F.layer_norm(x, normalized_shape, *args, **kwargs)
-    return _learning(torch.empty_like(x, memory_format=torch.contiguous_format), x, *args, *kwargs.values())
+    shape = tuple(normalized_shape) if isinstance(normalized_shape, (tuple, list)) else ()
+    if not shape or x.shape[-len(shape) :] != shape or not (_fits(weight, shape, x) and _fits(bias, shape, x)):
+        return NotImplemented
+    return _learning(torch.empty_like(x, memory_format=torch.contiguous_format), x, weight, bias)
 
 
-def _elementwise(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """What a function of each element does to shapes."""
-    return _learning(torch.empty_like(x), x)
+def _gelu(x: Tensor, *, approximate: str = "none") -> Any:
+    """What GELU does to shapes."""
+    known = approximate in ("none", "tanh") and x.is_floating_point()
+    return _learning(torch.empty_like(x), x) if known else NotImplemented
 
 
-def _normalize(x: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Tensor | None = None) -> Tensor:
+def _normalize(x: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Tensor | None = None) -> Any:
     """What normalising to length one does to shapes."""
-    return _elementwise(x) if out is None else F.normalize(x, p, dim, eps, out)
+    known = out is None and x.is_floating_point() and isinstance(dim, int) and -x.dim() <= dim < x.dim()
+    return _learning(torch.empty_like(x), x) if known else NotImplemented
 
 
 #: PyTorch's own forms for shapes alone are many calls each, or a step a token, and would cost more than all else in a forward.
-_ON_META = {
+_ON_META: dict[Any, Any] = {
     torch.batch_norm: _batch_norm,
     F.batch_norm: _batch_norm,
     torch.lstm: _lstm,
@@ -284,7 +302,7 @@ _ON_META = {
     torch.layer_norm: _layer_norm,
     F.layer_norm: _layer_norm,
     F.normalize: _normalize,
-    F.gelu: _elementwise,
+    F.gelu: _gelu,
 }
 
 

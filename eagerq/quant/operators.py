@@ -470,16 +470,16 @@ class _Norm(torch.autograd.Function):
             return None, None, None, None
         if torch.is_grad_enabled():  # somebody will differentiate the gradient
             return *_norms_own_gradient(ctx, grad), None
+        x, weight, bias, kept = ctx.saved_tensors  # once: a checkpoint allows no more
         if _is_plain(grad):
-            out, found = _fast_norm_gradient(grad, *ctx.saved_tensors, *ctx.arguments)
+            out, found = _fast_norm_gradient(grad, x, weight, bias, kept, *ctx.arguments)
         else:
-            found = _norm_sums(grad, *ctx.saved_tensors, *ctx.arguments)
-            out = plain.norm_gradient(grad, *ctx.saved_tensors, found, *ctx.arguments)
+            found = _norm_sums(grad, x, weight, bias, kept, *ctx.arguments)
+            out = plain.norm_gradient(grad, x, weight, bias, kept, found, *ctx.arguments)
         needs = ctx.needs_input_grad
         if not (needs[1] or needs[2]):
             return out, None, None, None
         of_bias, of_weight = found.unbind()
-        weight, bias = ctx.saved_tensors[1:3]
         return out, of_weight.to(weight.dtype) if needs[1] else None, of_bias.to(bias.dtype) if needs[2] else None, None
 
 

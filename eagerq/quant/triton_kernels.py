@@ -269,11 +269,10 @@ def _gate(x, HARD: tl.constexpr, FUSED: tl.constexpr):
     if FUSED:
         # 2^(-x log2 e), whose exponent's last digits are lost in one float32: the more, the larger x is
         log2e = tl.zeros_like(x) + 1.4426950408889634
-        whole = -x * log2e
-        rest = tl.fma(-x, log2e, -whole) - x * 1.9259629911e-8
-        rest = tl.where(tl.abs(whole) < 256.0, rest * 0.6931471805599453, 0.0)
-        exponential = tl.exp2(whole)
-        exponential = tl.fma(exponential, rest, exponential)
+        exponent = -x * log2e
+        rest = (tl.fma(-x, log2e, -exponent) - x * 1.9259629911e-8) * 0.6931471805599453
+        exponential = tl.exp2(exponent)
+        exponential = tl.where(tl.abs(exponent) < 127.5, tl.fma(exponential, rest, exponential), exponential)
     else:
         exponential = tl.exp(-x)
     return 1.0 / (1.0 + exponential)

@@ -440,15 +440,17 @@ def forward(
     first, second = kept if weight is None else weight, kept if bias is None else bias
     flags = (weight is not None, batches is not None, observes, learns, low is not None, high is not None)
     kinds = (x.dtype, first.dtype, second.dtype, running_mean.dtype, running_var.dtype)
-    key = (x.shape, x.get_device(), x.data_ptr() & 15, kinds, flags, constant is None, grid)
+    min_max = constant is None
+    key = (x.shape, x.get_device(), x.data_ptr() & 15, kinds, flags, min_max, grid)
     sums, writes = _PLANS.get(key) or _new(key, _Plan.of_sums(x, *_FORWARD_SUMS), _Plan(x, *_WRITES, _WRITTEN))
-    channels, low, high = sums.channels, low or 0.0, high or 0.0
+    channels = sums.channels
+    low, high, constant = float(low or 0), float(high or 0), float(constant or 0)  # of an integer Triton may make a constant
     part = torch.empty(4, sums.parts, channels, dtype=torch.float32, device=x.device)
     small = (running_mean, running_var, kept if batches is None else batches, *state, scratch)
     sums.launch(
         _norm_statistics, stream, (x, part, kept, first, second, *small),
-        (sums.rows, sums.chunk, sums.parts, channels, momentum, eps, low, high, constant or 0.0),
-        (*flags, *grid, constant is None, sums.added),
+        (sums.rows, sums.chunk, sums.parts, channels, momentum, eps, low, high, constant),
+        (*flags, *grid, min_max, sums.added),
     )  # fmt: skip
     if out is not None:
         writes.launch(
