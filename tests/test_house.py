@@ -23,7 +23,7 @@ FLOORS = (
     ("errors", "tables", "extras"),
     ("quant",),
     ("nn",),
-    ("integrations", "surgery", "inputs", "trace", "values", "recorder", "dataflow", "checks"),
+    ("integrations", "surgery", "inputs", "trace", "values", "meta_forms", "recorder", "dataflow", "checks"),
     ("patterns",),
     ("record", "plan", "evidence", "trial", "planner", "placement", "conversion", "chains", "guarding", "unfusing"),
     ("workflow", "verify", "checkpoint", "exactness"),
