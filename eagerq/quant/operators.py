@@ -185,8 +185,10 @@ def fake_quantize_weight(weight: Tensor, state: State, grid: Grid, dtype: torch.
         dtype: of the result.
     """
     kernels = _triton() if _is_plain(weight) and weight.dtype in _DTYPES and plain.dense(weight) is weight else None
+    out: Tensor
     if kernels is None:
-        return _weight(weight, *state, *grid, dtype)  # type: ignore[no-any-return]
+        out = _weight(weight, *state, *grid, dtype)
+        return out
     # a copy, whose gradient passes whole in PyTorch's own node, which the kernel then writes by its address
     out = weight.clone() if dtype == weight.dtype else weight.to(dtype)
     kernels.weight_forward(weight, out, *state, grid)
