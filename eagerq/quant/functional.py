@@ -125,6 +125,12 @@ def scalar_params(grid: Grid, low: float, high: float, nearest: Callable[[float]
     return scale, min(max(grid.quant_min - round(nearest(low / scale)), grid.quant_min), grid.quant_max)
 
 
+def _fresh(out: Tensor, dtype: torch.dtype) -> Tensor:
+    """A new tensor in this dtype: of a function's result that a write or a conversion to the dtype it has gave, torch.compile of
+    PyTorch 2.11 drops the gradient without a word (pytorch issue 184113)."""
+    return out if out.dtype == dtype else out.to(dtype)
+
+
 class _FakeQuantizeOnCpu(torch.autograd.Function):
     """``_FakeQuantize`` by one scale: the backward clamps as a hard tanh's does, since comparisons that make a mask take PyTorch
     longer on CPUs than all arithmetic here. A NaN's gradient passes."""
@@ -177,7 +183,7 @@ class _FakeQuantize(torch.autograd.Function):
             q.clamp_(quant_min, quant_max)
         if zero_point is not None:
             q.sub_(zero_point)
-        out = q.mul_(scale).to(x.dtype)
+        out = _fresh(q * scale, x.dtype)
         return out if known is None else torch.where(known, out, x)
 
     @staticmethod
@@ -239,7 +245,7 @@ class _TracedFakeQuantize(torch.autograd.Function):
         ctx.save_for_backward(x, scale, middle, reach)
         ctx.bounds = bounds
         a = (x if bounds == (None, None) else x.clamp(*bounds)).to(dtype)
-        return (torch.clamp(torch.round(a / scale), middle - reach, middle + reach) * scale).to(x.dtype)
+        return _fresh(torch.clamp(torch.round(a / scale), middle - reach, middle + reach) * scale, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
