@@ -138,8 +138,9 @@ class Observer(QuantState):
             if bounds != (None, None):  # the ends of what is clamped are the clamped ends
                 low, high = low.clamp(*bounds), high.clamp(*bounds)
             low, high = self.merged(low, high)
-            self.min_val.copy_(low)
-            self.max_val.copy_(high)
+            # as rows: of a write to a float64 tensor without axes torch.compile of PyTorch 2.11 says nothing and does nothing
+            self.min_val.view(-1).copy_(low.view(-1))
+            self.max_val.view(-1).copy_(high.view(-1))
         return x
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
