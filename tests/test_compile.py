@@ -27,9 +27,8 @@ import eagerq
 from eagerq.nn import qat as nnqat
 from eagerq.nn.intrinsic import qat as nniqat
 from eagerq.nn.modules.batchnorm import is_plain_norm
-from eagerq.nn.qat import split
 from eagerq.nn.qat.mixins import WithAct, WithBn
-from eagerq.quant import FakeQuantize, QuantSpec, operators
+from eagerq.quant import FakeQuantize, QuantSpec, fast_kernels
 from tests.test_exact import Branches
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch's own compiler
@@ -206,8 +205,7 @@ class Small(nn.Module):
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What compiled code holds: PyTorch's own functions, or, as on CUDA, the operators (with their plain kernels)."""
     if request.param == "operators":
-        for of in (operators, split):
-            monkeypatch.setattr(of, "are_fast", lambda x: x.dtype in operators._DTYPES)
+        monkeypatch.setattr(fast_kernels, "are_fast", lambda x: x.dtype in fast_kernels.DTYPES)
     return str(request.param)
 
 
@@ -396,7 +394,10 @@ def test_the_operator_is_the_norm_the_clamp_and_the_quantizer(
         x = torch.randn(batch, channels, *(3,) * dims) * torch.rand(channels).reshape(-1, *(1,) * dims)
         assert is_plain_norm(norm, x)
         one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
-        found = mine.of_norm(norm, one, bounds)
+        with pytest.MonkeyPatch.context() as patch:  # as on CUDA
+            patch.setattr(fast_kernels, "are_fast", lambda x: True)
+            patch.setitem(FakeQuantize.of_norm.__globals__, "has_channels_last", lambda x: True)
+            found = mine.of_norm(norm, one, bounds)
         y = other(two)
         low, high = bounds
         wanted = theirs(y if bounds == (None, None) else nn.functional.hardtanh(y, low, high or torch.inf))

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import eagerq
-from eagerq.nn.qat import activations, split
+from eagerq.nn.qat import activations
 from eagerq.nn.qat.base import activated
 from eagerq.nn.qat.split import SplitActivation
-from eagerq.quant import FakeQuantize, QConfig, QuantSpec, operators, plain_kernels
+from eagerq.quant import FakeQuantize, QConfig, QuantSpec, fast_kernels, plain_kernels
 from eagerq.quant.functional import (
     Bounds,
     _first_clipped,
@@ -300,14 +300,13 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         count(kernels, name, name)
     for name in ("forward", "backward"):
         count(norms, name, f"norm_{name}")
-    monkeypatch.setattr(operators, "_triton", lambda: kernels)
-    monkeypatch.setattr(operators, "_triton_norms", lambda: norms)
-    for of in (operators, split):
-        monkeypatch.setattr(of, "are_fast", lambda x: x.dtype in operators._DTYPES)
+    monkeypatch.setattr(fast_kernels, "_triton", lambda: kernels)
+    monkeypatch.setattr(fast_kernels, "_triton_norms", lambda: norms)
+    monkeypatch.setattr(fast_kernels, "are_fast", lambda x: x.dtype in fast_kernels.DTYPES)
     monkeypatch.setattr(
-        operators,
-        "_is_plain",
-        lambda x: type(x) in operators._PLAIN and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack(),
+        fast_kernels,
+        "is_plain",
+        lambda x: fast_kernels.is_tensor(x) and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack(),
     )
     return counts
 
@@ -320,8 +319,7 @@ def wanted_of(gate: str, qconfig: str) -> list[dict[str, Tensor]]:
     """What the ordinary way gives."""
     if (gate, qconfig) not in WANTED:
         with pytest.MonkeyPatch.context() as plain:
-            for of in (operators, split):
-                plain.setattr(of, "are_fast", lambda x: False)
+            plain.setattr(fast_kernels, "are_fast", lambda x: False)
             WANTED[gate, qconfig] = trained(small(GATES[gate](), QCONFIGS[qconfig]))
     return WANTED[gate, qconfig]
 
@@ -366,8 +364,7 @@ def test_every_switch_reaches_the_kernels(launches: dict[str, int], monkeypatch:
     for switch in (lambda m: None, *switches):
         found = trained(fast.apply(switch), 2)
         with monkeypatch.context() as patch:
-            for of in (operators, split):
-                patch.setattr(of, "are_fast", lambda x: False)
+            patch.setattr(fast_kernels, "are_fast", lambda x: False)
             wanted = trained(plain.apply(switch), 2)
         assert_close(found, wanted)
         assert [m.observed for m in fast.modules() if isinstance(m, FakeQuantize)] == [

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-from eagerq.quant import FakeQuantize, QuantSpec, operators, plain_kernels
+from eagerq.quant import FakeQuantize, QuantSpec, fast_kernels, operators, plain_kernels
 from eagerq.quant.functional import Bounds, _first_clipped, fake_quantize
 from eagerq.quant.spec import Grid
 
@@ -43,9 +43,9 @@ def kernels(device: str) -> Iterator[str]:
     """The Triton kernels serve the operators; where tensors are to lie."""
     with pytest.MonkeyPatch.context() as patch:
         if device == "interpreter":
-            patch.setattr(operators, "_triton", interpreted.kernels)
-            patch.setattr(operators, "_triton_norms", interpreted.norms)
-            patch.setattr(operators, "_is_plain", lambda x: type(x) in operators._PLAIN and not x.is_meta)
+            patch.setattr(fast_kernels, "_triton", interpreted.kernels)
+            patch.setattr(fast_kernels, "_triton_norms", interpreted.norms)
+            patch.setattr(fast_kernels, "is_plain", lambda x: fast_kernels.is_tensor(x) and not x.is_meta)
         yield "cpu" if device == "interpreter" else device
 
 
@@ -146,14 +146,14 @@ def test_an_activations_kernel_is_the_plain_one(
             x = batch(shape, step, theirs[0], dtype, layout).to(place)
             learns = observes or i == 0
             rest = (*bounds, constant, *grid, needs_mask)
-            out, mask = operators._fast_activation(x, *mine, own if learns else None, *rest)
+            out, mask = fast_kernels.activation(x, *mine, own if learns else None, *rest)
             wanted, wanted_mask = plain_kernels.activation(x, *theirs, other if learns else None, *rest)
             assert_identical(out, wanted)
             assert_identical(mask, wanted_mask)
             assert_learned_alike(mine, own, theirs, other)
             if needs_mask:
                 grad = torch.randn(x.shape, device=place).to(dtype).contiguous(memory_format=plain_kernels.memory_format(out))
-                assert_identical(operators._fast_gradient(grad, mask), plain_kernels.masked_gradient(grad, mask))
+                assert_identical(fast_kernels.masked_gradient(grad, mask), plain_kernels.masked_gradient(grad, mask))
 
 
 @pytest.mark.parametrize("constant", [None, 0.01, 0.1, 0.5, 1.0])
@@ -164,7 +164,7 @@ def test_ranges_are_merged_to_the_last_bit(device: str, constant: float | None) 
         (mine, own), (theirs, other) = ((fresh(grid, None, place), scratch(place)) for _ in range(2))
         for seed in range(20):
             x = torch.randn(9, generator=torch.Generator().manual_seed(seed)).to(place)
-            operators._fast_activation(x, *mine, own, None, None, constant, *grid, False)
+            fast_kernels.activation(x, *mine, own, None, None, constant, *grid, False)
             plain_kernels.activation(x, *theirs, other, None, None, constant, *grid, False)
             assert_learned_alike(mine, own, theirs, other)
 
@@ -183,7 +183,7 @@ def test_bounds_are_rounded_as_pytorchs_clamps_round_them(
     x = torch.cat([ends, (ends.view(torch.int16) + up).view(dtype)])  # and neighbours
     with kernels(device) as place:
         (mine, own), (theirs, other) = ((fresh(grid, None, place), scratch(place)) for _ in range(2))
-        found = operators._fast_activation(x.to(place), *mine, own, *bounds, 0.01, *grid, True)
+        found = fast_kernels.activation(x.to(place), *mine, own, *bounds, 0.01, *grid, True)
         wanted = plain_kernels.activation(x.to(place), *theirs, other, *bounds, 0.01, *grid, True)
         assert_all_identical(found, wanted)
         assert_learned_alike(mine, own, theirs, other)
@@ -223,7 +223,7 @@ def test_a_weights_kernel_is_the_plain_one(
         mine, theirs = (fresh(grid, shape[0], place) for _ in range(2))
         for step in batches:
             weight = batch(shape, step, theirs[0].reshape(-1, *[1] * (len(shape) - 1)), dtype, layout).to(place)
-            found = operators._fast_weight(weight, *mine, *grid, result)
+            found = fast_kernels.weight_by_its_range(weight, *mine, *grid, result)
             assert_identical(found, plain_kernels.weight_by_its_range(weight, *theirs, *grid, result))
             assert_all_identical(mine, theirs)
 
@@ -236,15 +236,15 @@ def test_each_program_takes_many_blocks(device: str, size: int) -> None:
         (mine, own), (theirs, other) = ((fresh(grid, None, place), scratch(place)) for _ in range(2))
         for seed in (1, 2):
             x = batch((size,), (3.0, False, seed), theirs[0], torch.float32, "contiguous").to(place)
-            found = operators._fast_activation(x, *mine, own, 0.0, 6.0, 0.01, *grid, True)
+            found = fast_kernels.activation(x, *mine, own, 0.0, 6.0, 0.01, *grid, True)
             wanted = plain_kernels.activation(x, *theirs, other, 0.0, 6.0, 0.01, *grid, True)
             assert_all_identical(found, wanted)
             assert_learned_alike(mine, own, theirs, other)
-            assert_identical(operators._fast_gradient(x, found[1]), plain_kernels.masked_gradient(x, found[1]))
+            assert_identical(fast_kernels.masked_gradient(x, found[1]), plain_kernels.masked_gradient(x, found[1]))
         weight = torch.randn(2, 4096 + 5, device=place)  # more than a program's step
         mine, theirs = (fresh(grid, 2, place) for _ in range(2))
         found, wanted = (f(weight, *s, *grid, torch.float32) for f, s in
-                         ((operators._fast_weight, mine), (plain_kernels.weight_by_its_range, theirs)))  # fmt: skip
+                         ((fast_kernels.weight_by_its_range, mine), (plain_kernels.weight_by_its_range, theirs)))  # fmt: skip
         assert_all_identical([found, *mine], [wanted, *theirs])
 
 
@@ -258,10 +258,10 @@ if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 20 * 2**30:
         tail = torch.randn(999, device="cuda").bfloat16()
         x[-999:] = tail
         for _ in range(2):  # before and after a range is known
-            out, mask = operators._fast_activation(x, *state, words := scratch("cuda"), 0.0, 6.0, 0.01, *grid, True)
+            out, mask = fast_kernels.activation(x, *state, words := scratch("cuda"), 0.0, 6.0, 0.01, *grid, True)
             before = tuple(t.clone() for t in plain_kernels.state_before(words))
             assert_identical(out[-999:], plain_kernels.activation(tail, *before, None, 0.0, 6.0, 0.01, *grid, False)[0])
-            gradient = operators._fast_gradient(x, mask)
+            gradient = fast_kernels.masked_gradient(x, mask)
             assert_identical(gradient[-999:], torch.where(tail > 0, tail, 0.0))
             assert not out[:-999].any() and not gradient[:-999].any()
             assert [float(t) for t in state[2:]] == [0.0, float(tail.max())]
@@ -302,7 +302,7 @@ def test_a_gated_kernel_is_the_plain_one(
         words = [[scratch(place) for _ in range(3)] if observes else [] for _ in range(2)]
         before = [t.clone() for t in states[1]]
         x = batch(shape, (size, False, seed), before[0], dtype, layout).to(place)
-        found, used = operators._fast_gated(x, states[0], words[0], hard, constant, *grid)
+        found, used = fast_kernels.gated(x, states[0], words[0], hard, constant, *grid)
         wanted, wanted_used = plain_kernels.gated(x, states[1], words[1], hard, constant, *grid)
         if x.numel():
             assert_identical(used, wanted_used)
@@ -310,7 +310,7 @@ def test_a_gated_kernel_is_the_plain_one(
             assert own[:3].tolist() == [0, 0, 0]
         grad = torch.randn(x.shape, device=place).to(dtype)
         ends = (grid.quant_min, grid.quant_max)
-        gradient = operators._fast_gated_gradient(grad, x, wanted_used, hard, *ends)
+        gradient = fast_kernels.gated_gradient(grad, x, wanted_used, hard, *ends)
         wanted_gradient = plain_kernels.gated_gradient(grad, x, wanted_used, hard, *ends)
         if hard:
             assert_all_identical([found, *states[0]], [wanted, *states[1]])
@@ -342,10 +342,10 @@ def test_a_gate_far_from_zero_is_zero_or_one(device: str, hard: bool, is_known: 
         x = torch.tensor([-1e30, -1e4, -200.0, -178.0, -130.0, -95.0, -89.0, -80.0, 80.0, 95.0, 200.0, 1e4], device=place)
         states = [[t for _ in range(3) for t in (known(grid, -300.0, 300.0, place) if is_known else fresh(grid, None, place))]
                   for _ in range(2)]  # fmt: skip
-        found, used = operators._fast_gated(x, states[0], [], hard, None, *grid)
+        found, used = fast_kernels.gated(x, states[0], [], hard, None, *grid)
         wanted, _ = plain_kernels.gated(x, states[1], [], hard, None, *grid)
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-30)
-        gradient = operators._fast_gated_gradient(torch.ones_like(x), x, used, hard, grid.quant_min, grid.quant_max)
+        gradient = fast_kernels.gated_gradient(torch.ones_like(x), x, used, hard, grid.quant_min, grid.quant_max)
         wanted = plain_kernels.gated_gradient(torch.ones_like(x), x, used, hard, grid.quant_min, grid.quant_max)
         torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-30)
 
@@ -389,7 +389,7 @@ def test_a_norms_kernels_are_the_plain_ones(
             before, wanted_running = [t.clone() for t in mine], [t.clone() for t in running]
             rest = (0.1, 1e-5)
             flags = (own, observes, learns)
-            out, kept = operators._fast_norm(x, *parameters, *running, *rest, *mine, *flags, *bounds, constant, *grid)
+            out, kept = fast_kernels.norm_activation(x, *parameters, *running, *rest, *mine, *flags, *bounds, constant, *grid)
             scale, zero, known = before[0].reshape(()), before[1].reshape(()), (before[2] != 0) | (before[3] != 0)
             assert kept[:3].tolist() == [float(scale), float(zero), float(known)]
             mean, inverse = kept[plain_kernels.KEPT :].reshape(2, -1)
@@ -432,7 +432,7 @@ def test_a_norms_kernels_are_the_plain_ones(
                 assert kept[6:8].tolist() == wanted_ends
             grad = torch.randn(x.shape, device=place).to(dtype)
             ends_of_codes = (grid.quant_min, grid.quant_max)
-            found, again = (operators._fast_norm_gradient(grad, x, *parameters, kept, *bounds, *ends_of_codes) for _ in range(2))
+            found, again = (fast_kernels.norm_gradient(grad, x, *parameters, kept, *bounds, *ends_of_codes) for _ in range(2))
             assert_all_identical(found, again)
             assert not counts[1].any()
             sums = plain_kernels.norm_sums(grad, x, *parameters, kept, *bounds, *ends_of_codes)
@@ -455,8 +455,8 @@ def test_the_interpreter_leaves_triton_as_it_was() -> None:
     before = everything()  # it adds names of its own to modules
     grid = QuantSpec().grid
     with kernels("interpreter"):
-        operators._fast_activation(torch.randn(9), *fresh(grid), scratch(), 0.0, None, 0.01, *grid, True)
-        operators._fast_weight(torch.randn(2, 9), *fresh(grid, 2), *grid, torch.float32)
+        fast_kernels.activation(torch.randn(9), *fresh(grid), scratch(), 0.0, None, 0.01, *grid, True)
+        fast_kernels.weight_by_its_range(torch.randn(2, 9), *fresh(grid, 2), *grid, torch.float32)
     for now, then in zip(everything(), before, strict=True):
         assert {name: now.get(name) for name in then} == then
     assert "TRITON_INTERPRET" not in os.environ
@@ -721,8 +721,8 @@ def test_kernels_keep_float32_whatever_pytorchs_default_is(dtype: torch.dtype) -
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
-            _, kept = operators._fast_norm(x.to(place), *args)
-            gradient, *_ = operators._fast_norm_gradient(x.to(place), x.to(place), None, None, kept, 0.0, None, 0, 255)
+            _, kept = fast_kernels.norm_activation(x.to(place), *args)
+            gradient, *_ = fast_kernels.norm_gradient(x.to(place), x.to(place), None, None, kept, 0.0, None, 0, 255)
         finally:
             torch.set_default_dtype(before)
     assert kept.dtype == gradient.dtype == torch.float32
@@ -838,7 +838,7 @@ def test_tracers_see_one_operator(mode: Any) -> None:
 
 @pytest.mark.parametrize("trains", [True, False])
 def test_export_sees_one_operator(trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operators, "are_fast", lambda x: x.dtype in operators._DTYPES)
+    monkeypatch.setattr(fast_kernels, "are_fast", lambda x: x.dtype in fast_kernels.DTYPES)
     module = FakeQuantize(QuantSpec())
     module(torch.randn(9))
     module.train(trains)

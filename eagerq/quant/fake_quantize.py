@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from eagerq.errors import StateError
-from eagerq.quant import operators
+from eagerq.quant import fast_kernels, operators
 from eagerq.quant.codes import encode
 from eagerq.quant.engine import FollowsEngine
 from eagerq.quant.functional import (
@@ -191,7 +191,7 @@ class FakeQuantize(FollowsEngine, QuantState):
             and (self.training or self.profile is None)
             and (
                 torch.compiler.is_compiling()
-                or (operators.are_fast(x) and self._is_kernels(x))
+                or (fast_kernels.are_fast(x) and self._is_kernels(x))
                 or self._is_fast_on_cpu(x)
             )
         )
@@ -238,26 +238,26 @@ class FakeQuantize(FollowsEngine, QuantState):
 
     def of_activation(self, x: Tensor, bounds: Bounds = (None, None)) -> Tensor:
         """What the forward makes of ``x.clamp(*bounds)``, in one pass; for where ``is_one_pass``."""
-        if operators.are_fast(x):
+        if fast_kernels.are_fast(x):
             return self._by_kernel(x, bounds)
         return self._traced(x, bounds) if torch.compiler.is_compiling() else self._on_cpu(x, bounds)
 
-    def takes_norm(self, x: Tensor) -> bool:
-        """Whether ``of_norm`` serves: kernels of a norm and what follows it, where ends are all that there is to learn.
+    def of_norm(self, norm: nn.Module, x: Tensor, bounds: Bounds = (None, None)) -> Tensor | None:
+        """What the forward makes of ``norm(x).clamp(*bounds)``, in the two passes that the norm takes; None where its kernels do
+        not serve.
 
-        They are made for channels that lie side by side; how fast they read others has not been measured.
-        """
-        if not operators.are_fast(x) or (self.learns and not self._keeps_ends) or not has_channels_last(x):
-            return False
-        return self._is_kernels(x) and self.is_one_pass(x)
-
-    def of_norm(self, norm: nn.Module, x: Tensor, bounds: Bounds = (None, None)) -> Tensor:
-        """What the forward makes of ``norm(x).clamp(*bounds)``, in the two passes that the norm takes; for where ``takes_norm``.
+        They serve where there are only ends to learn, and channels that lie side by side; how fast they read others has not
+        been measured.
 
         Args:
             norm: PyTorch's own batch norm, as ``is_plain_norm`` says; its statistics learn.
         """
-        state, learns, by_kernel = self.state, self.learns, self.is_learned_by_kernels
+        learns = self.learns
+        if not (fast_kernels.are_fast(x) and has_channels_last(x) and self._is_kernels(x) and self.is_one_pass(x)):
+            return None
+        if learns and not self._keeps_ends:
+            return None
+        state, by_kernel = self.state, self.is_learned_by_kernels
         scratch: Any = self._buffers["scratch"]
         if learns and is_recomputing():
             state = state_before(scratch) if by_kernel else self._before or state
@@ -364,7 +364,7 @@ class FakeQuantize(FollowsEngine, QuantState):
             and self.axis == 0
             and self.spec.observer == "min_max"
             and bool(x.numel())
-            and operators.are_fast(x)
+            and fast_kernels.are_fast(x)
         )
 
     def fixed_params(self, name: str) -> tuple[Tensor, Tensor]:

@@ -16,21 +16,18 @@ r"""Fake quantization as ``torch.library`` operators that do in one pass what th
 - ``eagerq::fake_quantize_weight``: range, scale and fake quantization of a weight by its own range, a scale for each of its
   outermost channels, in the dtype asked for. It never clips, so the gradient passes whole.
 
-CUDA tensors take the kernels of ``triton_kernels.py`` where Triton is installed, all others those of ``plain_kernels.py``. The
-state is float32 and int32, and written in place.
+CUDA tensors take the kernels of ``fast_kernels.py``, all others those of ``plain_kernels.py``. The state is float32 and int32,
+and written in place.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from eagerq.quant import fast_kernels as fast
 from eagerq.quant import plain_kernels as plain
 from eagerq.quant.functional import Bounds
 from eagerq.quant.plain_kernels import State, memory_format
@@ -81,29 +78,6 @@ _norm = torch.ops.eagerq.batch_norm_activation.default
 _norm_statistics = torch.ops.eagerq.batch_norm_statistics.default
 _norm_sums = torch.ops.eagerq.batch_norm_sums.default
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
-_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
-
-
-_has_triton = importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _triton() -> ModuleType | None:
-    """The kernels, or None where Triton is not installed."""
-    return importlib.import_module("eagerq.quant.triton_kernels") if _has_triton else None
-
-
-@functools.cache
-def _triton_norms() -> ModuleType | None:
-    return importlib.import_module("eagerq.quant.triton_norms") if _has_triton else None
-
-
-def are_fast(x: Tensor) -> bool:
-    """Whether kernels of its own serve this tensor."""
-    return x.is_cuda and x.dtype in _DTYPES and _has_triton
-
-
 def fake_quantize_activation(
     x: Tensor, state: State, scratch: Tensor | None, bounds: Bounds, constant: float | None, grid: Grid
 ) -> Tensor:
@@ -118,7 +92,7 @@ def fake_quantize_activation(
         grid: the codes.
     """
     needs_mask = torch.is_grad_enabled() and x.requires_grad
-    if _is_plain(x):
+    if fast.is_plain(x):
         out: Tensor = _Activation.apply(x, (*state, scratch, *bounds, constant, *grid, needs_mask))[0]  # type: ignore[no-untyped-call]
         return out
     out = _activation(x, *state, scratch, *bounds, constant, *grid, needs_mask)[0]
@@ -138,7 +112,7 @@ def fake_quantize_gated(
         constant, grid: of all three.
     """
     flat = [t for state in states for t in state]
-    if _is_plain(x):
+    if fast.is_plain(x):
         out: Tensor = _Gated.apply(x, (flat, scratch, hard, constant, *grid))[0]  # type: ignore[no-untyped-call]
         return out
     out = _gated(x, flat, scratch, hard, constant, *grid)[0]
@@ -168,7 +142,7 @@ def batch_norm_activation(
         buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"], float(norm.momentum), float(norm.eps),
         *state, scratch, observes, learns, *bounds, constant, *grid,
     )  # fmt: skip
-    if _is_plain(x):
+    if fast.is_plain(x):
         found: tuple[Tensor, Tensor] = _Norm.apply(x, weight, bias, rest)  # type: ignore[no-untyped-call]
         return found
     found = _norm(x, weight, bias, *rest)
@@ -184,151 +158,14 @@ def fake_quantize_weight(weight: Tensor, state: State, grid: Grid, dtype: torch.
         grid: the codes.
         dtype: of the result.
     """
-    kernels = _triton() if _is_plain(weight) and weight.dtype in _DTYPES and plain.dense(weight) is weight else None
+    kernel = fast.of_weight(weight)
     out: Tensor
-    if kernels is None:
+    if kernel is None:
         out = _weight(weight, *state, *grid, dtype)
         return out
     # a copy, whose gradient passes whole in PyTorch's own node, which the kernel then writes by its address
     out = weight.clone() if dtype == weight.dtype else weight.to(dtype)
-    kernels.weight_forward(weight, out, *state, grid)
-    return out
-
-
-# --- the Triton kernels
-
-
-@functools.cache
-def _held(bound: float | None, dtype: torch.dtype) -> float | None:
-    return None if bound is None else float(torch.tensor(bound, dtype=dtype))
-
-
-def _fast_activation(
-    x: Tensor, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor, scratch: Tensor | None,
-    low: float | None, high: float | None, constant: float | None, *rest: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    kernels = _triton()
-    if kernels is None or x.dtype not in _DTYPES:
-        return plain.activation(x, scale, zero_point, min_val, max_val, scratch, low, high, constant, *rest)
-    x = plain.dense(x)
-    if x.dtype != torch.float32:  # PyTorch clamps by the bounds that the dtype holds
-        low, high = _held(low, x.dtype), _held(high, x.dtype)
-    out, mask = torch.empty_like(x), plain.mask_like(x, rest[-1])
-    kernels.activation_forward(
-        x, out, mask if rest[-1] else None, scale, zero_point, min_val, max_val, scratch, low, high, constant, Grid(*rest[:-1])
-    )
-    return out, mask
-
-
-def _fast_gated(
-    x: Tensor, state: list[Tensor], scratch: list[Tensor], hard: bool, constant: float | None, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    kernels = _triton()
-    if kernels is None or x.dtype not in _DTYPES:
-        return plain.gated(x, state, scratch, hard, constant, *rest)
-    x = plain.dense(x)
-    out, used = torch.empty_like(x), torch.empty(9, dtype=torch.float32, device=x.device)
-    kernels.gated_forward(x, out, used, scratch, state, hard, constant, Grid(*rest))
-    return out, used
-
-
-def _fast_gated_gradient(grad: Tensor, x: Tensor, used: Tensor, hard: bool, quant_min: int, quant_max: int) -> Tensor:
-    kernels = _triton()
-    if kernels is None or grad.dtype not in _DTYPES:
-        return plain.gated_gradient(grad, x, used, hard, quant_min, quant_max)
-    x = plain.dense(x)
-    out = torch.empty_like(x)
-    kernels.gated_backward(grad.contiguous(memory_format=memory_format(x)), x, out, used, hard, quant_min, quant_max)
-    return out
-
-
-def _fast_statistics(x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> Tensor:
-    kernels = _kernels_of_norm(x)
-    if kernels is None:
-        return plain.norm_statistics(x, weight, bias, *rest)
-    kept = _kept_of(x)
-    _launch_norm(kernels, x, None, kept, weight, bias, *rest)
-    return kept
-
-
-def _fast_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    kernels = _kernels_of_norm(x)
-    if kernels is None:
-        return plain.norm_activation(x, weight, bias, *rest)
-    out, kept = torch.empty_like(x), _kept_of(x)
-    _launch_norm(kernels, x, out, kept, weight, bias, *rest)
-    return out, kept
-
-
-def _launch_norm(
-    kernels: ModuleType, x: Tensor, out: Tensor | None, kept: Tensor, weight: Tensor | None, bias: Tensor | None,
-    running_mean: Tensor, running_var: Tensor, batches: Tensor | None, momentum: float, eps: float, scale: Tensor,
-    zero_point: Tensor, min_val: Tensor, max_val: Tensor, scratch: Tensor, observes: bool, learns: bool, low: float | None,
-    high: float | None, constant: float | None, *grid: Any,
-) -> None:  # fmt: skip
-    if x.dtype != torch.float32:
-        low, high = _held(low, x.dtype), _held(high, x.dtype)
-    state = (scale, zero_point, min_val, max_val)
-    kernels.forward(
-        x, out, kept, weight, bias, running_mean, running_var, batches, momentum, eps, state, scratch, observes, learns,
-        low, high, constant, grid,
-    )  # fmt: skip
-
-
-def _fast_sums(grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor, *rest: Any) -> Tensor:
-    kernels = _kernels_of_norm(x) if grad.dtype in _DTYPES else None
-    if kernels is None:
-        return plain.norm_sums(grad, x, weight, bias, kept, *rest)
-    found = _sums_of(x)
-    kernels.backward(grad.contiguous(memory_format=memory_format(x)), x, None, found, weight, bias, kept)
-    return found
-
-
-def _fast_norm_gradient(
-    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    kernels = _kernels_of_norm(x) if grad.dtype in _DTYPES else None
-    if kernels is None:
-        found = plain.norm_sums(grad, x, weight, bias, kept, *rest)
-        return plain.norm_gradient(grad, x, weight, bias, kept, found, *rest), found
-    grad = grad.contiguous(memory_format=memory_format(x))
-    out, found = torch.empty_like(grad), _sums_of(x)
-    kernels.backward(grad, x, out, found, weight, bias, kept)
-    return out, found
-
-
-def _kernels_of_norm(x: Tensor) -> ModuleType | None:
-    """The kernels, where they serve: of channels that lie side by side."""
-    return _triton_norms() if x.dtype in _DTYPES and plain.has_channels_last(x) else None
-
-
-def _kept_of(x: Tensor) -> Tensor:
-    """Memory of what a norm's forward keeps."""
-    return torch.empty(plain.KEPT + 2 * x.shape[1], dtype=torch.float32, device=x.device)
-
-
-def _sums_of(x: Tensor) -> Tensor:
-    """Memory of what a norm's backward sums."""
-    return torch.empty(2, x.shape[1], dtype=torch.float32, device=x.device)
-
-
-def _fast_gradient(grad: Tensor, mask: Tensor) -> Tensor:
-    kernels = _triton()
-    if kernels is None or grad.dtype not in _DTYPES:
-        return plain.masked_gradient(grad, mask)
-    grad = plain.dense(grad)
-    out = torch.empty_like(grad)
-    kernels.masked_gradient(grad, mask, out)
-    return out
-
-
-def _fast_weight(weight: Tensor, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor, *rest: Any) -> Tensor:
-    kernels = _triton()
-    if kernels is None or weight.dtype not in _DTYPES:
-        return plain.weight_by_its_range(weight, scale, zero_point, min_val, max_val, *rest)
-    weight = plain.dense(weight)
-    out = torch.empty_like(weight, dtype=rest[-1])
-    kernels.weight_forward(weight, out, scale, zero_point, min_val, max_val, Grid(*rest[:-1]))
+    kernel(weight, out, *state, grid)
     return out
 
 
@@ -348,15 +185,15 @@ def _fake_gated_gradient(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
 
 
 def _fake_norm(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(plain.dense(x)), _kept_of(x)
+    return torch.empty_like(plain.dense(x)), plain.kept_of(x)
 
 
 def _fake_statistics(x: Tensor, *rest: Any) -> Tensor:
-    return _kept_of(x)
+    return plain.kept_of(x)
 
 
 def _fake_sums(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
-    return _sums_of(x)
+    return plain.sums_of(x)
 
 
 def _fake_gradient(grad: Tensor, mask: Tensor) -> Tensor:
@@ -370,16 +207,9 @@ def _fake_weight(weight: Tensor, *rest: Any) -> Tensor:
 # --- gradients
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Whether a kernel may be launched on x at once: the dispatcher takes longer than a small kernel."""
-    if torch.compiler.is_compiling():
-        return False
-    return x.is_cuda and type(x) in _PLAIN and not torch._C._len_torch_dispatch_stack()
-
-
-def _below(x: Tensor, operator: Any, fast: Any, *args: Any) -> Any:
-    if _is_plain(x):
-        return fast(x, *args)
+def _below(x: Tensor, operator: Any, kernel: Any, *args: Any) -> Any:
+    if fast.is_plain(x):
+        return kernel(x, *args)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(x, *args)
 
@@ -399,7 +229,7 @@ def _traced_gradient(grad: Tensor, mask: Tensor, format: torch.memory_format) ->
 class _Activation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        out, mask = _below(x, _activation_below, _fast_activation, *rest)
+        out, mask = _below(x, _activation_below, fast.activation, *rest)
         ctx.save_for_backward(mask)
         ctx.mark_non_differentiable(mask)
         ctx.set_materialize_grads(False)
@@ -411,9 +241,9 @@ class _Activation(torch.autograd.Function):
         if grad is None:
             return None, None
         (mask,) = ctx.saved_tensors
-        if type(grad) not in _PLAIN:
+        if not fast.is_tensor(grad):
             return _traced_gradient(grad, mask, ctx.format), None
-        gradient: Any = _fast_gradient if not torch.is_grad_enabled() and _is_plain(grad) else _gradient
+        gradient: Any = fast.masked_gradient if not torch.is_grad_enabled() and fast.is_plain(grad) else _gradient
         return gradient(grad.contiguous(memory_format=ctx.format), mask), None
 
 
@@ -422,7 +252,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, rest: tuple[Tensor]) -> Tensor:
-        out: Tensor = _below(grad, _gradient_below, _fast_gradient, *rest)
+        out: Tensor = _below(grad, _gradient_below, fast.masked_gradient, *rest)
         ctx.save_for_backward(*rest)
         ctx.format = memory_format(out)
         return out
@@ -435,7 +265,7 @@ class _Gradient(torch.autograd.Function):
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        out, used = _below(x, _gated_below, _fast_gated, *rest)
+        out, used = _below(x, _gated_below, fast.gated, *rest)
         ctx.save_for_backward(x, used)
         ctx.mark_non_differentiable(used)
         ctx.set_materialize_grads(False)
@@ -447,7 +277,7 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, None]:  # type: ignore[override]
         if grad is None:
             return None, None
-        gradient: Any = _fast_gated_gradient if not torch.is_grad_enabled() and _is_plain(grad) else _gated_gradient
+        gradient: Any = fast.gated_gradient if not torch.is_grad_enabled() and fast.is_plain(grad) else _gated_gradient
         return gradient(grad, *ctx.saved_tensors, *ctx.arguments), None
 
 
@@ -456,8 +286,8 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         low, high, _, quant_min, quant_max, *_ = rest[12:]
         ctx.arguments, ctx.eps = (low, high, quant_min, quant_max), rest[4]
-        if _is_plain(x):
-            out, kept = _fast_norm(x, weight, bias, *rest)
+        if fast.is_plain(x):
+            out, kept = fast.norm_activation(x, weight, bias, *rest)
         else:
             kept = _norm_statistics(x, weight, bias, *rest)
             out, _ = plain.norm_applied(plain.dense(x), weight, bias, kept, *ctx.arguments)
@@ -473,8 +303,8 @@ class _Norm(torch.autograd.Function):
         if torch.is_grad_enabled():  # somebody will differentiate the gradient
             return *_norms_own_gradient(ctx, grad), None
         x, weight, bias, kept = ctx.saved_tensors  # once: a checkpoint allows no more
-        if _is_plain(grad):
-            out, found = _fast_norm_gradient(grad, x, weight, bias, kept, *ctx.arguments)
+        if fast.is_plain(grad):
+            out, found = fast.norm_gradient(grad, x, weight, bias, kept, *ctx.arguments)
         else:
             found = _norm_sums(grad, x, weight, bias, kept, *ctx.arguments)
             out = plain.norm_gradient(grad, x, weight, bias, kept, found, *ctx.arguments)
@@ -500,7 +330,7 @@ def _norms_own_gradient(ctx: Any, grad: Tensor) -> list[Tensor | None]:
 class _Weight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, rest: tuple[Any, ...]) -> Tensor:
-        out: Tensor = _below(weight, _weight_below, _fast_weight, *rest)
+        out: Tensor = _below(weight, _weight_below, fast.weight_by_its_range, *rest)
         ctx.dtype = weight.dtype
         return out
 
@@ -516,14 +346,14 @@ def _autograd(function: Any) -> Any:
 
 
 for _name, _function, _plain, _fast, _fake in (
-    ("fake_quantize_activation", _Activation, plain.activation, _fast_activation, _fake_activation),
-    ("masked_gradient", _Gradient, plain.masked_gradient, _fast_gradient, _fake_gradient),
-    ("fake_quantize_gated", _Gated, plain.gated, _fast_gated, _fake_gated),
-    ("gated_gradient", None, plain.gated_gradient, _fast_gated_gradient, _fake_gated_gradient),
-    ("batch_norm_activation", _Norm, plain.norm_activation, _fast_norm, _fake_norm),
-    ("batch_norm_statistics", None, plain.norm_statistics, _fast_statistics, _fake_statistics),
-    ("batch_norm_sums", None, plain.norm_sums, _fast_sums, _fake_sums),
-    ("fake_quantize_weight", _Weight, plain.weight_by_its_range, _fast_weight, _fake_weight),
+    ("fake_quantize_activation", _Activation, plain.activation, fast.activation, _fake_activation),
+    ("masked_gradient", _Gradient, plain.masked_gradient, fast.masked_gradient, _fake_gradient),
+    ("fake_quantize_gated", _Gated, plain.gated, fast.gated, _fake_gated),
+    ("gated_gradient", None, plain.gated_gradient, fast.gated_gradient, _fake_gated_gradient),
+    ("batch_norm_activation", _Norm, plain.norm_activation, fast.norm_activation, _fake_norm),
+    ("batch_norm_statistics", None, plain.norm_statistics, fast.norm_statistics, _fake_statistics),
+    ("batch_norm_sums", None, plain.norm_sums, fast.norm_sums, _fake_sums),
+    ("fake_quantize_weight", _Weight, plain.weight_by_its_range, fast.weight_by_its_range, _fake_weight),
 ):
     for _each in (_name, _name + BELOW) if _name in _WITH_BELOW else (_name,):
         _LIBRARY.impl(_each, _plain, "CompositeExplicitAutograd")

@@ -5,6 +5,7 @@ Also what both agree on: how a mask and a quantizer's scratch memory lie.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -43,10 +44,19 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+_CHANNELS_LAST = {2: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}
+
+
 def has_channels_last(x: Tensor) -> bool:
     """Whether the channels of ``(N, C, *)`` lie side by side."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return x.is_contiguous(memory_format=formats.get(x.dim(), torch.contiguous_format)) and x.dim() in (2, 4, 5)
+    format = _CHANNELS_LAST.get(x.dim())
+    return format is not None and x.is_contiguous(memory_format=format)
+
+
+@functools.cache
+def held(bound: float | None, dtype: torch.dtype) -> float | None:
+    """The bound that the dtype holds, by which PyTorch clamps."""
+    return None if bound is None else float(torch.tensor(bound, dtype=dtype))
 
 
 def dense(x: Tensor) -> Tensor:
@@ -161,6 +171,16 @@ def gated_gradient(grad: Tensor, x: Tensor, used: Tensor, hard: bool, quant_min:
     slope = torch.where((wide > -3) & (wide < 3), 1 / 6, 0.0) if hard else fine * (1 - fine)
     slope = b.float() + torch.where(gate_passes, wide * slope, 0.0)
     return torch.where(passes & y_passes, grad.float() * slope, 0.0).to(grad.dtype)
+
+
+def kept_of(x: Tensor) -> Tensor:
+    """Memory of what a norm's forward keeps."""
+    return torch.empty(KEPT + 2 * x.shape[1], dtype=torch.float32, device=x.device)
+
+
+def sums_of(x: Tensor) -> Tensor:
+    """Memory of what a norm's backward sums."""
+    return torch.empty(2, x.shape[1], dtype=torch.float32, device=x.device)
 
 
 def _along_channels(values: Tensor, x: Tensor) -> Tensor:

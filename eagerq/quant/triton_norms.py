@@ -410,53 +410,61 @@ class _Plan:
             run(self.programs, 1, 1, stream, function, metadata, None, None, None, *map(address, tensors), *scalars, *constants)
 
 
-_PLANS: dict[Any, tuple[_Plan, _Plan]] = {}
+_PLANS: dict[Any, Any] = {}
 _MOST_PLANS = 4096
 
 
-def _new(key: Any, sums: _Plan, writes: _Plan) -> tuple[_Plan, _Plan]:
+def _new(key: Any, plan: Any) -> Any:
     if len(_PLANS) >= _MOST_PLANS:  # of images of ever new sizes
         _PLANS.clear()
-    _PLANS[key] = sums, writes
-    return sums, writes
+    _PLANS[key] = plan
+    return plan
 
 
 def forward(
     x: Tensor, out: Tensor | None, kept: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor,
-    running_var: Tensor, batches: Tensor | None, momentum: float, eps: float, state: tuple[Tensor, ...], scratch: Tensor,
-    observes: bool, learns: bool, low: float | None, high: float | None, constant: float | None, grid: tuple[Any, ...],
+    running_var: Tensor, batches: Tensor | None, momentum: float, eps: float, scale: Tensor, zero_point: Tensor,
+    min_val: Tensor, max_val: Tensor, scratch: Tensor, observes: bool, learns: bool, low: float | None, high: float | None,
+    constant: float | None, *grid: Any,
 ) -> None:  # fmt: skip
     """Launch: ``kept``, what later passes read, of ``x``, and where it is asked for ``out``, which lies in memory as x does.
 
     The running statistics learn. Where the launch ``observes``, the range of the batch is taken: the state learns it, or it is
     kept.
     """
+    small = (running_mean, running_var, kept if batches is None else batches, scale, zero_point, min_val, max_val, scratch)
     stream = stream_of(x)
     if stream is None:
         with torch.cuda.device(x.device):
-            args = (running_mean, running_var, batches, momentum, eps, state, scratch, observes, learns, low, high, constant)
-            forward(x, out, kept, weight, bias, *args, grid)
+            rest = (*small[:2], batches, momentum, eps, *small[3:], observes, learns, low, high, constant)
+            forward(x, out, kept, weight, bias, *rest, *grid)
         return
     first, second = kept if weight is None else weight, kept if bias is None else bias
-    flags = (weight is not None, batches is not None, observes, learns, low is not None, high is not None)
-    kinds = (x.dtype, first.dtype, second.dtype, running_mean.dtype, running_var.dtype)
     min_max = constant is None
-    key = (x.shape, x.get_device(), x.data_ptr() & 15, kinds, flags, min_max, grid)
-    sums, writes = _PLANS.get(key) or _new(key, _Plan.of_sums(x, *_FORWARD_SUMS), _Plan(x, *_WRITES, _WRITTEN))
+    kinds = (x.dtype, first.dtype, second.dtype, running_mean.dtype, running_var.dtype)
+    flags = (weight is not None, batches is not None, observes, learns, low is not None, high is not None)
+    key = (x.shape, x.get_device(), x.data_ptr() & 15, kinds, flags, low, high, min_max, grid)
+    sums, writes, ends = _PLANS.get(key) or _new(
+        key, (_Plan.of_sums(x, *_FORWARD_SUMS), _Plan(x, *_WRITES, _WRITTEN), _ends(x, low, high))
+    )
     channels = sums.channels
-    low, high, constant = float(low or 0), float(high or 0), float(constant or 0)  # of an integer Triton may make a constant
+    constant = float(constant or 0)  # of an integer Triton may make a constant
     part = torch.empty(4, sums.parts, channels, dtype=torch.float32, device=x.device)
-    small = (running_mean, running_var, kept if batches is None else batches, *state, scratch)
     sums.launch(
         _norm_statistics, stream, (x, part, kept, first, second, *small),
-        (sums.rows, sums.chunk, sums.parts, channels, momentum, eps, low, high, constant),
+        (sums.rows, sums.chunk, sums.parts, channels, momentum, eps, *ends, constant),
         (*flags, *grid, min_max, sums.added),
     )  # fmt: skip
     if out is not None:
         writes.launch(
-            _norm_forward, stream, (x, out, first, second, kept), (writes.rows, writes.chunk, channels, low, high),
+            _norm_forward, stream, (x, out, first, second, kept), (writes.rows, writes.chunk, channels, *ends),
             (flags[0], flags[4], flags[5], grid[0], grid[1], not _interprets()),
         )  # fmt: skip
+
+
+def _ends(x: Tensor, low: float | None, high: float | None) -> tuple[float, float]:
+    """The bounds that x's dtype holds; 0 for none."""
+    return float(plain.held(low, x.dtype) or 0), float(plain.held(high, x.dtype) or 0)
 
 
 def backward(
@@ -473,7 +481,7 @@ def backward(
     affine = weight is not None
     aligned = (x.data_ptr() & 15, grad.data_ptr() & 15)
     key = (x.shape, x.get_device(), aligned, x.dtype, grad.dtype, first.dtype, second.dtype, affine)
-    sums, writes = _PLANS.get(key) or _new(key, _Plan.of_sums(x, *_BACKWARD_SUMS), _Plan(x, *_WRITES, _WRITTEN))
+    sums, writes = _PLANS.get(key) or _new(key, (_Plan.of_sums(x, *_BACKWARD_SUMS), _Plan(x, *_WRITES, _WRITTEN)))
     channels = sums.channels
     part = torch.empty(2, sums.parts, channels, dtype=torch.float32, device=x.device)
     sums.launch(

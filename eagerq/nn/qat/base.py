@@ -16,7 +16,7 @@ from eagerq.nn.modules.activation import is_hooked
 from eagerq.nn.modules.batchnorm import HoldsNorm, is_plain_norm
 from eagerq.nn.modules.hooks import POST_HOOKS, PRE_HOOKS, release_hooks, share_hooks
 from eagerq.nn.modules.ops import Op
-from eagerq.quant import operators
+from eagerq.quant import fast_kernels
 from eagerq.quant.code_values import Coded
 from eagerq.quant.engine import FollowsEngine
 from eagerq.quant.fake_quantize import FakeQuantize
@@ -170,9 +170,10 @@ class QATBase(FollowsEngine, nn.Module):
             input = quantizes_input(input)
         quantizer = member(self, "activation_post_process")
         before = self.before_norm(input, *args, **kwargs) if self.asks_kernels(input, quantizer) else None
-        if before is not None and is_plain_norm(*before) and quantizer.takes_norm(before[1]):
-            out: Tensor = quantizer.of_norm(*before)
-            return out
+        if before is not None and is_plain_norm(*before):
+            done: Tensor | None = quantizer.of_norm(*before)
+            if done is not None:
+                return done
         out = self.compute(input, *args, **kwargs) if before is None else before[0](before[1])
         if quantizer is not None:
             out = quantizer(out)
@@ -188,7 +189,7 @@ class QATBase(FollowsEngine, nn.Module):
 
     def asks_kernels(self, input: Tensor, quantizer: nn.Module | None) -> bool:
         """Whether kernels may compute this module's last steps together: on their devices, of this library's own methods."""
-        if not (self.training and type(quantizer) is FakeQuantize and isinstance(input, Tensor) and operators.are_fast(input)):
+        if not (self.training and type(quantizer) is FakeQuantize and isinstance(input, Tensor) and fast_kernels.are_fast(input)):
             return False
         own, cls, mine = self._computing, type(self), self.__dict__
         if own is None or is_hooked(quantizer):

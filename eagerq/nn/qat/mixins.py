@@ -201,9 +201,10 @@ class HoldsAct(QATBase):
         bounds = bounds_of(act)
         asks = bounds is not None and self.asks_kernels(input, quantizer)
         before = self.before_norm(input, *args, **kwargs) if asks else None
-        if before is not None and is_plain_norm(*before) and quantizer.takes_norm(before[1]):
-            out: Tensor = quantizer.of_norm(*before, bounds)
-            return out
+        if before is not None and is_plain_norm(*before):
+            done: Tensor | None = quantizer.of_norm(*before, bounds)
+            if done is not None:
+                return done
         out = self.preactivation(input, *args, **kwargs) if before is None else before[0](before[1])
         if type(act) is SplitActivation and (fast := act.in_one_pass(out, quantizer)) is not None:
             return fast

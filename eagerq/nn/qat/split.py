@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eagerq.nn.modules.activation import is_hooked
+from eagerq.quant import fast_kernels
 from eagerq.quant.code_functions import hardsigmoid_sum
 from eagerq.quant.code_values import Coded
 from eagerq.quant.codes import CodeTensor
 from eagerq.quant.fake_quantize import FakeQuantize, is_recomputing
-from eagerq.quant.operators import are_fast, fake_quantize_gated
+from eagerq.quant.operators import fake_quantize_gated
 from eagerq.quant.plain_kernels import state_before
 from eagerq.quant.spec import QConfig
 
@@ -83,7 +84,7 @@ class SplitActivation(nn.Module):
             return None
         three = (first, second, third)
         like = (first.spec, first.learns)
-        if not are_fast(x) or any((q.spec, q.learns) != like or not q.is_one_pass(x) for q in three):
+        if not fast_kernels.are_fast(x) or any((q.spec, q.learns) != like or not q.is_one_pass(x) for q in three):
             return None
         if (first.learns and not all(q.is_learned_by_kernels for q in three)) or any(map(is_hooked, (self, self.act, *three))):
             return None

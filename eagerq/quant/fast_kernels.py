@@ -1,0 +1,167 @@
+"""The kernels that serve CUDA tensors: those of ``triton_kernels.py`` and ``triton_norms.py`` where Triton is installed and they
+know dtype and layout, else those of ``plain_kernels.py``, whose names and arguments these have.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eagerq.quant import plain_kernels as plain
+from eagerq.quant.plain_kernels import memory_format
+from eagerq.quant.spec import Grid
+
+#: What Triton's kernels compute in.
+DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_has_triton = importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _triton() -> ModuleType | None:
+    """The kernels, or None where Triton is not installed."""
+    return importlib.import_module("eagerq.quant.triton_kernels") if _has_triton else None
+
+
+@functools.cache
+def _triton_norms() -> ModuleType | None:
+    return importlib.import_module("eagerq.quant.triton_norms") if _has_triton else None
+
+
+def are_fast(x: Tensor) -> bool:
+    """Whether kernels of its own serve this tensor."""
+    return x.is_cuda and x.dtype in DTYPES and _has_triton
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether a kernel may be launched on x at once: the dispatcher takes longer than a small kernel."""
+    if torch.compiler.is_compiling():
+        return False
+    return x.is_cuda and type(x) in _PLAIN and not torch._C._len_torch_dispatch_stack()
+
+
+def is_tensor(x: Any) -> bool:
+    """Whether x is one of PyTorch's own tensors and no subclass."""
+    return type(x) in _PLAIN
+
+
+def activation(
+    x: Tensor, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor, scratch: Tensor | None,
+    low: float | None, high: float | None, constant: float | None, *rest: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    kernels = _triton()
+    if kernels is None or x.dtype not in DTYPES:
+        return plain.activation(x, scale, zero_point, min_val, max_val, scratch, low, high, constant, *rest)
+    x = plain.dense(x)
+    if x.dtype != torch.float32:
+        low, high = plain.held(low, x.dtype), plain.held(high, x.dtype)
+    out, mask = torch.empty_like(x), plain.mask_like(x, rest[-1])
+    kernels.activation_forward(
+        x, out, mask if rest[-1] else None, scale, zero_point, min_val, max_val, scratch, low, high, constant, Grid(*rest[:-1])
+    )
+    return out, mask
+
+
+def masked_gradient(grad: Tensor, mask: Tensor) -> Tensor:
+    kernels = _triton()
+    if kernels is None or grad.dtype not in DTYPES:
+        return plain.masked_gradient(grad, mask)
+    grad = plain.dense(grad)
+    out = torch.empty_like(grad)
+    kernels.masked_gradient(grad, mask, out)
+    return out
+
+
+def gated(
+    x: Tensor, state: list[Tensor], scratch: list[Tensor], hard: bool, constant: float | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    kernels = _triton()
+    if kernels is None or x.dtype not in DTYPES:
+        return plain.gated(x, state, scratch, hard, constant, *rest)
+    x = plain.dense(x)
+    out, used = torch.empty_like(x), torch.empty(9, dtype=torch.float32, device=x.device)
+    kernels.gated_forward(x, out, used, scratch, state, hard, constant, Grid(*rest))
+    return out, used
+
+
+def gated_gradient(grad: Tensor, x: Tensor, used: Tensor, hard: bool, quant_min: int, quant_max: int) -> Tensor:
+    kernels = _triton()
+    if kernels is None or grad.dtype not in DTYPES:
+        return plain.gated_gradient(grad, x, used, hard, quant_min, quant_max)
+    x = plain.dense(x)
+    out = torch.empty_like(x)
+    kernels.gated_backward(grad.contiguous(memory_format=memory_format(x)), x, out, used, hard, quant_min, quant_max)
+    return out
+
+
+def _of_norm(x: Tensor) -> ModuleType | None:
+    """The kernels of norms, where they serve: of channels that lie side by side."""
+    return _triton_norms() if x.dtype in DTYPES and plain.has_channels_last(x) else None
+
+
+def norm_statistics(x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> Tensor:
+    kernels = _of_norm(x)
+    if kernels is None:
+        return plain.norm_statistics(x, weight, bias, *rest)
+    kept = plain.kept_of(x)
+    kernels.forward(x, None, kept, weight, bias, *rest)
+    return kept
+
+
+def norm_activation(x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    kernels = _of_norm(x)
+    if kernels is None:
+        return plain.norm_activation(x, weight, bias, *rest)
+    out, kept = torch.empty_like(x), plain.kept_of(x)
+    kernels.forward(x, out, kept, weight, bias, *rest)
+    return out, kept
+
+
+def norm_sums(grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor, *rest: Any) -> Tensor:
+    kernels = _of_norm(x) if grad.dtype in DTYPES else None
+    if kernels is None:
+        return plain.norm_sums(grad, x, weight, bias, kept, *rest)
+    found = plain.sums_of(x)
+    kernels.backward(grad.contiguous(memory_format=memory_format(x)), x, None, found, weight, bias, kept)
+    return found
+
+
+def norm_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x, and what ``norm_sums`` finds."""
+    kernels = _of_norm(x) if grad.dtype in DTYPES else None
+    if kernels is None:
+        found = plain.norm_sums(grad, x, weight, bias, kept, *rest)
+        return plain.norm_gradient(grad, x, weight, bias, kept, found, *rest), found
+    grad = grad.contiguous(memory_format=memory_format(x))
+    out, found = torch.empty_like(grad), plain.sums_of(x)
+    kernels.backward(grad, x, out, found, weight, bias, kept)
+    return out, found
+
+
+def weight_by_its_range(
+    weight: Tensor, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor, *rest: Any
+) -> Tensor:
+    kernels = _triton()
+    if kernels is None or weight.dtype not in DTYPES:
+        return plain.weight_by_its_range(weight, scale, zero_point, min_val, max_val, *rest)
+    weight = plain.dense(weight)
+    out = torch.empty_like(weight, dtype=rest[-1])
+    kernels.weight_forward(weight, out, scale, zero_point, min_val, max_val, Grid(*rest[:-1]))
+    return out
+
+
+def of_weight(weight: Tensor) -> Callable[..., None] | None:
+    """The kernel that writes what ``weight_by_its_range`` gives over a copy of the weight; None where none serves."""
+    serves = is_plain(weight) and weight.dtype in DTYPES and plain.dense(weight) is weight
+    kernels = _triton() if serves else None
+    return None if kernels is None else kernels.weight_forward
