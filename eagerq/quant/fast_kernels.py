@@ -1,5 +1,6 @@
 """The kernels that serve CUDA tensors: those of ``triton_kernels.py`` and ``triton_norms.py`` where Triton is installed and they
-know dtype and layout, else those of ``plain_kernels.py``, whose names and arguments these have.
+know dtype and layout, else those of ``plain_kernels.py``. Names and arguments are the latter's, but ``norm_gradient`` makes the
+sums itself.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def scalar_params(grid: Grid, low: float, high: float, nearest: Callable[[float]
 
 def _fresh(out: Tensor, dtype: torch.dtype) -> Tensor:
     """A new tensor in this dtype: of a function's result that a write or a conversion to the dtype it has gave, torch.compile of
-    PyTorch 2.11 drops the gradient without a word (pytorch issue 184113)."""
+    PyTorch 2.11 drops the gradient without a word (pytorch issue 180642)."""
     return out if out.dtype == dtype else out.to(dtype)
 
 

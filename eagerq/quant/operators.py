@@ -78,6 +78,7 @@ _norm = torch.ops.eagerq.batch_norm_activation.default
 _norm_statistics = torch.ops.eagerq.batch_norm_statistics.default
 _norm_sums = torch.ops.eagerq.batch_norm_sums.default
 
+
 def fake_quantize_activation(
     x: Tensor, state: State, scratch: Tensor | None, bounds: Bounds, constant: float | None, grid: Grid
 ) -> Tensor:

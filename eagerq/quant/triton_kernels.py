@@ -1,6 +1,6 @@
 """Triton kernels: activation, observation and fake quantization in one pass, its backward, and a weight's in one launch.
 
-Each computes what the plain form in ``operators.py`` computes, bit for bit: quotients are rounded as IEEE divisions are, codes
+Each computes what its plain form in ``plain_kernels.py`` does, bit for bit: quotients are rounded as IEEE divisions are, codes
 half to even, and products are not contracted into sums. Tensors are read in the order they lie in memory; offsets are 64
 bits wide.
 """
