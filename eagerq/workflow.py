@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eagerq import integrations
 from eagerq.checks import check_model
 from eagerq.conversion import Conversion
 from eagerq.errors import StateError
@@ -111,12 +112,14 @@ def convert_qat(
         raise StateError("wanted a float model, found one that convert_qat has already converted; call it once.")
     mapping = as_mapping(qconfig)
     record = record_of(model) or Record()
-    conversion = Conversion(model, patterns or record.patterns, mapping)
     runs = runs_for(model, example_inputs) or record.runs
-    conversion.notes += notes_on(example_inputs, runs)
-    conversion.decide(runs)
     target = model if inplace else full_copy(model)
-    return conversion.apply(target, record)
+    with all_or_nothing(target):
+        target = replace_modules(target, {m: found for m in target.modules() if (found := integrations.with_sums(m)) is not None})
+        conversion = Conversion(target, patterns or record.patterns, mapping)
+        conversion.notes += notes_on(example_inputs, runs)
+        conversion.decide(runs)
+        return conversion.apply(target, record)
 
 
 @dataclasses.dataclass(frozen=True)

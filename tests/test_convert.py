@@ -299,6 +299,21 @@ PLACES = (
         {"a": "the model's input", "b": "the model's input", "c": "this module"},
     ),
     Places(
+        "sum_of_three",
+        lambda: Made(lambda m, x: m.head(m.a(x) + m.b(x) + m.c(x)), a=conv(), b=conv(), c=conv(), head=conv()),
+        _places("model_input 0, output a, output b, output c, input head, output head"),
+        {"a": "the model's input", "b": "the model's input", "c": "the model's input", "head": "this module"},
+    ),
+    Places(
+        "named_sums",
+        lambda: Made(
+            lambda m, x: m.head(m.act(m.more(m.sum(m.a(x), m.b(x)), m.c(x)))),
+            a=conv(), b=conv(), c=conv(), sum=eagerq.nn.Add(), more=eagerq.nn.Add(), act=nn.ReLU(), head=conv(),
+        ),
+        _places("model_input 0, output a, output b, output c, exit sum, exit act, output head"),
+        {"a": "the model's input", "b": "the model's input", "c": "the model's input", "head": "the output of act"},
+    ),
+    Places(
         "stochastic_depth",
         lambda: nn.Sequential(conv(), Dropping(), Dropping(), conv()),
         _places("input 0, output 0, output 1.conv, exit 1.act, output 2.conv, exit 2.act, output 3"),

@@ -1,6 +1,6 @@
 """What eagerq knows of other libraries' types: one adapter a library, loaded only if the library is.
 
-An adapter module may define ``expand(module)``, ``ACTIVATIONS`` and ``example_inputs(model)``.
+An adapter module may define ``expand(module)``, ``with_sums(module)``, ``ACTIVATIONS`` and ``example_inputs(model)``.
 """
 
 from __future__ import annotations
@@ -43,6 +43,16 @@ def expand(module: nn.Module) -> Expansion:
             if found is not None:
                 return found
     return Expansion((module,))
+
+
+def with_sums(module: nn.Module) -> nn.Module | None:
+    """The same module, which calls each of its sums as a module that can hold a quantizer; None if no adapter knows it."""
+    for adapter in adapters():
+        if hasattr(adapter, "with_sums"):
+            found: nn.Module | None = adapter.with_sums(module)
+            if found is not None:
+                return found
+    return None
 
 
 def activations() -> tuple[type[nn.Module], ...]:

@@ -1,16 +1,20 @@
-"""timm: norms with activation, padded convolutions, input sizes."""
+"""timm: norms with activation, padded convolutions, the sums of HRNet, input sizes."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import timm.layers as layers
 import torch
 from timm.layers import activations as acts
 from timm.layers.norm_act import SyncBatchNormAct
-from torch import nn
+from timm.models.hrnet import HighResolutionModule
+from torch import Tensor, nn
 
 from eagerq.integrations import Expansion, retyped
+from eagerq.nn.modules.activation import IDEMPOTENT, is_hooked
+from eagerq.nn.modules.add import Add
 from eagerq.nn.modules.batchnorm import FrozenBatchNorm2d
 from eagerq.nn.modules.conv import Conv2dSame
 
@@ -57,6 +61,47 @@ def expand(module: nn.Module) -> Expansion | None:
     if kind is layers.Linear:
         return Expansion((retyped(module, nn.Linear),))
     return None
+
+
+class HighResolutionModuleWithSums(HighResolutionModule):  # type: ignore[misc]
+    """HRNet's exchange between branches: each sum and each activation is a module of its own, which may hold a quantizer."""
+
+    fuse_sums: nn.ModuleList
+    fuse_acts: nn.ModuleList
+
+    @classmethod
+    def of(cls, module: HighResolutionModule) -> HighResolutionModuleWithSums:
+        """``module`` with its parts, hooks and mode."""
+        self = cls.__new__(cls)
+        self.__dict__.update(vars(module))
+        act, outputs = module.fuse_act, list(module.fuse_layers)
+        sums = nn.ModuleList(nn.ModuleList(Add() for _ in terms[1:]) for terms in outputs)
+        acts = nn.ModuleList(copy.deepcopy(act) for _ in outputs)
+        parts = {name: part for name, part in module._modules.items() if part is not act}
+        self.__dict__["_modules"] = {**parts, "fuse_sums": sums.train(module.training), "fuse_acts": acts}
+        return self
+
+    def forward(self, x: list[Tensor]) -> list[Tensor]:
+        for i, branch in enumerate(self.branches):
+            x[i] = branch(x[i])
+        results = []
+        outputs: Any = zip(self.fuse_layers, self.fuse_sums, self.fuse_acts, strict=True)
+        for terms, sums, act in outputs:
+            y = terms[0](x[0])
+            for i, add in enumerate(sums, 1):
+                y = add(y, terms[i](x[i]))
+            results.append(act(y))
+        return results
+
+
+def with_sums(module: nn.Module) -> nn.Module | None:
+    """HRNet's module with its sums as modules; None for any other, or one that a user has changed."""
+    if type(module) is not HighResolutionModule or module.num_branches == 1 or "forward" in vars(module):
+        return None
+    act: Any = module.fuse_act
+    if type(act) not in IDEMPOTENT or is_hooked(act):
+        return None
+    return HighResolutionModuleWithSums.of(module)
 
 
 def example_inputs(model: nn.Module) -> torch.Tensor | None:

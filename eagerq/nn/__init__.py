@@ -1,5 +1,5 @@
 """The four layers: nn (float), nn.intrinsic (float fused), nn.qat (QAT), nn.intrinsic.qat (QAT fused)."""
 
-from eagerq.nn.modules import Conv2dSame, FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
+from eagerq.nn.modules import Add, Conv2dSame, FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 
-__all__ = ["Conv2dSame", "FrozenBatchNorm1d", "FrozenBatchNorm2d", "FrozenBatchNorm3d"]
+__all__ = ["Add", "Conv2dSame", "FrozenBatchNorm1d", "FrozenBatchNorm2d", "FrozenBatchNorm3d"]
