@@ -113,13 +113,13 @@ def convert_qat(
     mapping = as_mapping(qconfig)
     record = record_of(model) or Record()
     runs = runs_for(model, example_inputs) or record.runs
-    target = model if inplace else full_copy(model)
-    with all_or_nothing(target):
-        target = replace_modules(target, {m: found for m in target.modules() if (found := integrations.with_sums(m)) is not None})
-        conversion = Conversion(target, patterns or record.patterns, mapping)
+    with integrations.sums_as_modules(model, keeps=inplace) as opened:
+        conversion = Conversion(model, patterns or record.patterns, mapping)
         conversion.notes += notes_on(example_inputs, runs)
+        if opened:
+            conversion.notes.append(f"{opened} modules call each of their sums as a module that can hold a quantizer")
         conversion.decide(runs)
-        return conversion.apply(target, record)
+        return conversion.apply(model if inplace else full_copy(model), record)
 
 
 @dataclasses.dataclass(frozen=True)

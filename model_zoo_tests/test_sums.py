@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +14,10 @@ from timm.models.hrnet import BasicBlock, HighResolutionModule
 from torch import Tensor, nn
 
 import eagerq
-from eagerq import integrations
+from eagerq import conversion, integrations
 from eagerq.integrations.timm import HighResolutionModuleWithSums
 from eagerq.nn import Add
+from eagerq.quant import FakeQuantize
 
 from .laws import broken_laws, randomise, randomised
 
@@ -25,6 +29,11 @@ def exchange(branches: int, multi_scale: bool = True) -> HighResolutionModule:
     module = HighResolutionModule(branches, BasicBlock, (1,) * branches, list(widths), widths, "SUM", multi_scale)
     randomise(module.train())
     return module
+
+
+def opened(model: nn.Module) -> int:
+    with integrations.sums_as_modules(model, keeps=True) as found:
+        return found
 
 
 def branches_of(n: int, seed: int) -> list[Tensor]:
@@ -52,11 +61,11 @@ cases = pytest.mark.parametrize(("branches", "multi_scale"), [(2, True), (2, Fal
 @cases
 @pytest.mark.parametrize("training", [True, False])
 def test_with_sums_is_the_same_function(branches: int, multi_scale: bool, training: bool) -> None:
-    module = exchange(branches, multi_scale).train(training)
-    other = integrations.with_sums(exchange(branches, multi_scale).train(training))
-    assert isinstance(other, HighResolutionModuleWithSums)
-    assert isinstance(other, HighResolutionModule)
+    module, other = (exchange(branches, multi_scale).train(training) for _ in range(2))
     other.load_state_dict(module.state_dict(), strict=True)
+    assert opened(other) == 1
+    assert isinstance(other, HighResolutionModuleWithSums)
+    assert all(part.training == training for part in other.modules())
     assert list(other.state_dict()) == list(module.state_dict())
     given, same = branches_of(branches, 1), branches_of(branches, 1)
     wanted, found = module(list(given)), other(list(same))
@@ -71,9 +80,9 @@ def test_with_sums_is_the_same_function(branches: int, multi_scale: bool, traini
 
 
 def test_it_changes_the_list_it_is_given_as_timms_does() -> None:
-    module, other = exchange(3).eval(), integrations.with_sums(exchange(3).eval())
-    assert other is not None
+    module, other = (exchange(3).eval() for _ in range(2))
     other.load_state_dict(module.state_dict())
+    assert opened(other) == 1
     given, same = branches_of(3, 2), branches_of(3, 2)
     module(given)
     other(same)
@@ -96,16 +105,28 @@ def _otherwise_active(module: HighResolutionModule) -> None:
 def test_what_a_user_has_changed_stays(change: Callable[[HighResolutionModule], None]) -> None:
     module = exchange(2)
     change(module)
-    assert integrations.with_sums(module) is None
+    assert opened(module) == 0
 
 
 def test_others_stay() -> None:
     class Own(HighResolutionModule):  # type: ignore[misc]
         pass
 
-    assert integrations.with_sums(exchange(1)) is None
-    assert integrations.with_sums(nn.ReLU()) is None
-    assert integrations.with_sums(Own(2, BasicBlock, (1, 1), [4, 8], (4, 8), "SUM")) is None
+    assert opened(exchange(1)) == opened(nn.ReLU()) == opened(Own(2, BasicBlock, (1, 1), [4, 8], (4, 8), "SUM")) == 0
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("raises", [True, False])
+def test_it_is_taken_back_unless_kept(keeps: bool, raises: bool) -> None:
+    model = nn.Sequential(exchange(2), exchange(3))
+    before = [(name, id(module), type(module)) for name, module in model.named_modules()]
+    with contextlib.suppress(KeyError), integrations.sums_as_modules(model, keeps=keeps) as found:
+        assert found == 2
+        assert {type(module) for module in model} == {HighResolutionModuleWithSums}
+        if raises:
+            raise KeyError
+    after = [(name, id(module), type(module)) for name, module in model.named_modules()]
+    assert (after == before) == (raises or not keeps)
 
 
 @pytest.mark.parametrize("branches", [2, 3, 4])
@@ -125,13 +146,85 @@ def test_laws_hold_and_every_sum_is_quantized(branches: int) -> None:
     assert sum(type(module) is Add for module in qat.modules()) == branches * (branches - 1)
 
 
-def test_a_call_that_fails_leaves_the_model() -> None:
+def _rule_of_nothing(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
+    return {"": "onnxruntime", "nothing.like.it": None}
+
+
+def _in_the_last_step(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
+    def fails(*args: object) -> None:
+        raise KeyError("the last step")
+
+    monkeypatch.setattr(conversion, "replace_modules", fails)
+    return {"": "onnxruntime"}
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("how", [_rule_of_nothing, _in_the_last_step])
+def test_a_call_that_fails_leaves_the_model(
+    how: Callable[[pytest.MonkeyPatch], dict[str, str | None]], inplace: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x = torch.randn(2, 3, 32, 32)
     model = eagerq.fuse_modules(Net(2).train(), example_inputs=x)
     before = [(name, id(module), type(module)) for name, module in model.named_modules()]
-    with pytest.raises(eagerq.errors.SpecError):
-        eagerq.convert_qat(model, {"": "onnxruntime", "nothing.like.it": None}, inplace=True)
+    with pytest.raises((eagerq.errors.EagerqError, KeyError)):
+        eagerq.convert_qat(model, how(monkeypatch), inplace=inplace)
     assert [(name, id(module), type(module)) for name, module in model.named_modules()] == before
+
+
+def _whole(qat: nn.Module) -> nn.Module:
+    return qat
+
+
+def _pickled(qat: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(qat, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("form", [_whole, copy.deepcopy, _pickled])
+@pytest.mark.parametrize("root", [True, False])
+def test_a_converted_exchange_keeps_hooks_copies_and_loads(form: Callable[[nn.Module], nn.Module], root: bool) -> None:
+    """The converted module is the object that hooks were put on, at the root of a model too."""
+    given: tuple[object, ...] = (branches_of(2, 3),) if root else (torch.randn(2, 3, 32, 32),)
+    model = (exchange(2) if root else Net(2)).train()
+    inner = model if root else model.exchange
+    inner.register_load_state_dict_pre_hook(_sees)
+    inner.register_forward_hook(_counts)
+    qat = eagerq.convert_qat(eagerq.fuse_modules(model, example_inputs=given, inplace=True), inplace=True)
+    assert qat is model
+    assert "sum" in str(eagerq.report(qat).notes)
+    qat = form(qat)
+    inner = qat if root else qat.exchange
+    assert type(inner) is HighResolutionModuleWithSums
+    CALLS.clear()
+    with torch.no_grad():
+        for _ in range(2):
+            qat(*copy.deepcopy(given))
+    assert CALLS == ["forward"] * 2
+    qat.load_state_dict(qat.state_dict())
+    assert CALLS == ["forward"] * 2 + ["load"]
+    assert all(type(m) is not FakeQuantize or m.observed for m in inner.fuse_sums.modules())
+
+
+CALLS: list[str] = []
+
+
+def _sees(*_: object) -> None:
+    CALLS.append("load")
+
+
+def _counts(*_: object) -> None:
+    CALLS.append("forward")
+
+
+def test_a_converted_net_is_one_graph() -> None:
+    x = torch.randn(2, 3, 32, 32)
+    qat = eagerq.convert_qat(eagerq.fuse_modules(randomised(lambda: Net(3)).train(), example_inputs=x))
+    qat(x)
+    other = copy.deepcopy(qat)
+    wanted = qat(x)
+    torch.testing.assert_close(torch.compile(other, fullgraph=True, backend="aot_eager")(x), wanted)
 
 
 def test_every_sum_runs_in_integers(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import eagerq
 from eagerq import QConfig, QConfigMapping, QuantSpec
-from eagerq.errors import SpecError, StateError
+from eagerq.errors import ModelError, SpecError, StateError
 from eagerq.nn import intrinsic as nni
 from eagerq.nn import qat as nnqat
 from eagerq.nn.intrinsic import qat as nniqat
@@ -599,6 +599,17 @@ def test_modules_called_past_their_name_stay_float() -> None:
     assert type(qat.later) is nniqat.ConvReLU2d
     assert isinstance(qat.conv, nn.Conv2d)
     assert qat.convolve.__self__ is qat.conv
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("convert", [eagerq.fuse_modules, eagerq.convert_qat])
+def test_a_forward_that_reads_the_original_is_refused(convert: Callable[..., nn.Module], inplace: bool) -> None:
+    """A function kept by the model holds the user's own module, which no copy replaces."""
+    first = conv()
+    model = Made(lambda m, x: m.head(first(x)), first=first, head=conv())
+    with pytest.raises(ModelError, match=r"reads 'first.weight' of the original"):
+        convert(model, example_inputs=image(), inplace=inplace)
+    assert model.first is first and type(model.head) is nn.Conv2d
 
 
 def test_modules_called_from_a_list_are_replaced_there() -> None:

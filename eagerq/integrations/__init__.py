@@ -1,13 +1,15 @@
 """What eagerq knows of other libraries' types: one adapter a library, loaded only if the library is.
 
-An adapter module may define ``expand(module)``, ``with_sums(module)``, ``ACTIVATIONS`` and ``example_inputs(model)``.
+An adapter module may define ``expand(module)``, ``open_sums(module)``, ``ACTIVATIONS`` and ``example_inputs(model)``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import sys
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -45,14 +47,26 @@ def expand(module: nn.Module) -> Expansion:
     return Expansion((module,))
 
 
-def with_sums(module: nn.Module) -> nn.Module | None:
-    """The same module, which calls each of its sums as a module that can hold a quantizer; None if no adapter knows it."""
-    for adapter in adapters():
-        if hasattr(adapter, "with_sums"):
-            found: nn.Module | None = adapter.with_sums(module)
-            if found is not None:
-                return found
-    return None
+@contextlib.contextmanager
+def sums_as_modules(model: nn.Module, *, keeps: bool) -> Iterator[int]:
+    """Let those modules of ``model`` that an adapter knows call each of their sums as a module, which can hold a quantizer.
+
+    They stay the same objects and compute the same. Yields how many there are. Afterwards they are as they were, unless it
+    ``keeps`` them and nothing was raised.
+    """
+    closing: list[Callable[[], None]] = []
+    try:
+        for module in list(model.modules()):
+            openers = (adapter.open_sums for adapter in adapters() if hasattr(adapter, "open_sums"))
+            closing += [close for opener in openers if (close := opener(module)) is not None]
+        yield len(closing)
+    except BaseException:
+        keeps = False
+        raise
+    finally:
+        if not keeps:
+            for close in closing:
+                close()
 
 
 def activations() -> tuple[type[nn.Module], ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import timm.layers as layers
@@ -13,10 +14,12 @@ from timm.models.hrnet import HighResolutionModule
 from torch import Tensor, nn
 
 from eagerq.integrations import Expansion, retyped
-from eagerq.nn.modules.activation import IDEMPOTENT, is_hooked
+from eagerq.nn.modules.activation import IDEMPOTENT
 from eagerq.nn.modules.add import Add
 from eagerq.nn.modules.batchnorm import FrozenBatchNorm2d
 from eagerq.nn.modules.conv import Conv2dSame
+from eagerq.nn.modules.hooks import POST_HOOKS, PRE_HOOKS
+from eagerq.surgery import own_method
 
 ACTIVATIONS: tuple[type[nn.Module], ...] = (
     acts.Swish,
@@ -69,18 +72,6 @@ class HighResolutionModuleWithSums(HighResolutionModule):  # type: ignore[misc]
     fuse_sums: nn.ModuleList
     fuse_acts: nn.ModuleList
 
-    @classmethod
-    def of(cls, module: HighResolutionModule) -> HighResolutionModuleWithSums:
-        """``module`` with its parts, hooks and mode."""
-        self = cls.__new__(cls)
-        self.__dict__.update(vars(module))
-        act, outputs = module.fuse_act, list(module.fuse_layers)
-        sums = nn.ModuleList(nn.ModuleList(Add() for _ in terms[1:]) for terms in outputs)
-        acts = nn.ModuleList(copy.deepcopy(act) for _ in outputs)
-        parts = {name: part for name, part in module._modules.items() if part is not act}
-        self.__dict__["_modules"] = {**parts, "fuse_sums": sums.train(module.training), "fuse_acts": acts}
-        return self
-
     def forward(self, x: list[Tensor]) -> list[Tensor]:
         for i, branch in enumerate(self.branches):
             x[i] = branch(x[i])
@@ -94,14 +85,25 @@ class HighResolutionModuleWithSums(HighResolutionModule):  # type: ignore[misc]
         return results
 
 
-def with_sums(module: nn.Module) -> nn.Module | None:
-    """HRNet's module with its sums as modules; None for any other, or one that a user has changed."""
-    if type(module) is not HighResolutionModule or module.num_branches == 1 or "forward" in vars(module):
+def open_sums(module: nn.Module) -> Callable[[], None] | None:
+    """Let HRNet's module call its sums as modules, and say what takes that back; None for others, and where a user changed it."""
+    if type(module) is not HighResolutionModule or module.num_branches == 1 or own_method(module) is not None:
         return None
     act: Any = module.fuse_act
-    if type(act) not in IDEMPOTENT or is_hooked(act):
+    if type(act) not in IDEMPOTENT or any(getattr(act, hooks) for hooks in (*PRE_HOOKS, *POST_HOOKS)):  # a copy does what it does
         return None
-    return HighResolutionModuleWithSums.of(module)
+    outputs: list[Any] = list(module.fuse_layers)  # type: ignore[arg-type]
+    sums = nn.ModuleList(nn.ModuleList(Add() for _ in terms[1:]) for terms in outputs).train(module.training)
+    acts = nn.ModuleList(copy.deepcopy(act) for _ in outputs)
+    acts.training = module.training
+    module._modules.update(fuse_sums=sums, fuse_acts=acts)
+    module.__class__ = HighResolutionModuleWithSums
+
+    def close() -> None:
+        module.__class__ = HighResolutionModule
+        del module._modules["fuse_sums"], module._modules["fuse_acts"]
+
+    return close
 
 
 def example_inputs(model: nn.Module) -> torch.Tensor | None:
