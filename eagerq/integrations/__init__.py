@@ -56,9 +56,9 @@ def sums_as_modules(model: nn.Module, *, keeps: bool) -> Iterator[int]:
     """
     closing: list[Callable[[], None]] = []
     try:
+        openers = [adapter.open_sums for adapter in adapters() if hasattr(adapter, "open_sums")]
         for module in list(model.modules()):
-            openers = (adapter.open_sums for adapter in adapters() if hasattr(adapter, "open_sums"))
-            closing += [close for opener in openers if (close := opener(module)) is not None]
+            closing += [close for open_sums in openers if (close := open_sums(module)) is not None]
         yield len(closing)
     except BaseException:
         keeps = False

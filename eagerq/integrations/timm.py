@@ -90,9 +90,9 @@ def open_sums(module: nn.Module) -> Callable[[], None] | None:
     if type(module) is not HighResolutionModule or module.num_branches == 1 or own_method(module) is not None:
         return None
     act: Any = module.fuse_act
+    outputs: Any = module.fuse_layers
     if type(act) not in IDEMPOTENT or any(getattr(act, hooks) for hooks in (*PRE_HOOKS, *POST_HOOKS)):  # a copy does what it does
         return None
-    outputs: list[Any] = list(module.fuse_layers)  # type: ignore[arg-type]
     sums = nn.ModuleList(nn.ModuleList(Add() for _ in terms[1:]) for terms in outputs).train(module.training)
     acts = nn.ModuleList(copy.deepcopy(act) for _ in outputs)
     acts.training = module.training
