@@ -351,7 +351,10 @@ def graphs(q: Any) -> tuple[Any, Any, list[torch.fx.GraphModule]]:
 
 def operators_in(graph: torch.fx.GraphModule) -> list[str]:
     called = [str((n.target, *(n.args[:1] if "functionalized" in str(n.target) else ()))) for n in graph.graph.nodes]
-    names = ("batch_norm_statistics", "batch_norm_sums", "batch_norm_activation", "fake_quantize_activation", "native_batch_norm")
+    names = (
+        "batch_norm_statistics", "batch_norm_sums", "batch_norm_activation", "batch_norm_gated_gradient", "batch_norm_gated",
+        "fake_quantize_activation", "fake_quantize_gated", "native_batch_norm",
+    )  # fmt: skip
     return [found for text in called if (found := next((name for name in names if name in text), None))]
 
 
@@ -367,6 +370,21 @@ def test_the_first_pass_over_a_norm_is_an_operator(name: str, form: str) -> None
         x = channels_last(row.input(seed=seed))
         assert_agree(compiled, eager, step(compiled, x), step(eager, x))
     assert [operators_in(graph) for graph in seen] == [["batch_norm_statistics"], ["batch_norm_sums"]]
+
+
+@pytest.mark.parametrize("gate", [nn.SiLU, nn.Hardswish])
+@pytest.mark.parametrize("form", ["operators"], indirect=True)
+def test_a_norm_and_its_gate_are_an_operator(gate: type[nn.Module], form: str) -> None:
+    """In the forward and in the backward."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), gate())
+    fused = eagerq.fuse_modules(net, example_inputs=torch.randn(2, 3, 5, 5))
+    compiled, eager, seen = graphs(eagerq.convert_qat(fused, example_inputs=torch.randn(2, 3, 5, 5)))
+    for seed in (1, 2, 3):
+        x = channels_last(torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(seed)))
+        assert_agree(compiled, eager, step(compiled, x), step(eager, x))
+    found = [[name for name in operators_in(graph) if name.startswith("batch_norm")] for graph in seen]
+    assert found == [["batch_norm_gated"], ["batch_norm_gated_gradient"]]
 
 
 def _norms(dims: int, channels: int, affine: bool) -> Any:

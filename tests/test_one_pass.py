@@ -298,7 +298,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     for name in ("activation_forward", "masked_gradient", "gated_forward", "gated_backward", "weight_forward"):
         count(kernels, name, name)
-    for name in ("forward", "backward"):
+    for name in ("forward", "backward", "gated_forward"):
         count(norms, name, f"norm_{name}")
     monkeypatch.setattr(fast_kernels, "_triton", lambda: kernels)
     monkeypatch.setattr(fast_kernels, "_triton_norms", lambda: norms)
@@ -334,14 +334,17 @@ def test_a_net_trains_by_kernels_as_without(qconfig: str, gate: str, launches: d
     modules = list(model.modules())
     assert launches["activation_forward"] and launches["masked_gradient"]
     by_ends = QCONFIGS[qconfig] != QCONFIGS["mse"]  # that observer needs more than a kernel learns
-    normed = int(by_ends and model.stem.ends_with_norm())  # the stem's, in the one step in channels last
-    assert launches.get("norm_forward", 0) == launches.get("norm_backward", 0) == normed
+    # the stem's and the one before the gate, in the one step in channels last
+    normed = by_ends and model.stem.ends_with_norm()
+    gated = [m for m in modules if isinstance(m, SplitActivation) and m.gate is not None]
+    with_gate = int(normed and bool(gated))
+    assert launches.get("norm_forward", 0) == launches.get("norm_backward", 0) == normed + with_gate
+    assert launches.get("norm_gated_forward", 0) == with_gate
     # a kernel for each weight with a scale a channel, in each of three steps
     rows = [m for m in modules if isinstance(m, FakeQuantize) and m.memoryless and m.channels]
     assert launches.get("weight_forward", 0) == 3 * len(rows)
-    gated = [m for m in modules if isinstance(m, SplitActivation) and m.gate is not None]
-    assert launches.get("gated_backward", 0) == 3 * len(gated) * by_ends
-    assert launches.get("gated_forward", 0) >= 3 * len(gated) * by_ends
+    assert launches.get("gated_backward", 0) == 3 * len(gated) * by_ends - with_gate
+    assert launches.get("gated_forward", 0) >= 3 * len(gated) * by_ends - with_gate
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -399,6 +402,30 @@ def test_a_gate_in_one_pass_is_its_modules_one_after_the_other(gate: str, launch
                 torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("gate", GATES)
+def test_a_norm_and_its_gate_in_one_pass_are_their_modules_one_after_the_other(gate: str, launches: dict[str, int]) -> None:
+    (module, last), (other, other_last) = (parts(GATES[gate]) for _ in range(2))
+    norm, other_norm = nn.BatchNorm2d(5), nn.BatchNorm2d(5)
+    other.in_one_pass = lambda *_: None  # type: ignore[method-assign,assignment]
+    for step in range(3):
+        x = torch.randn(3, 5, 4, 2).contiguous(memory_format=torch.channels_last) * (1 + step)
+        one, many = x.clone().requires_grad_(), x.clone().requires_grad_()
+        found, wanted = module.of_norm(norm, one, last), other_last(other(other_norm(many)))
+        assert found is not None
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        grad = torch.randn_like(x)
+        found.backward(grad)
+        wanted.backward(grad)
+        for a, b in ((one, many), *zip(norm.parameters(), other_norm.parameters(), strict=True)):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+        sides = (norm, module, last), (other_norm, other, other_last)
+        mine, theirs = ([b for part in side for b in part.buffers()] for side in sides)
+        for a, b in zip(mine, theirs, strict=True):
+            if a.shape != (plain_kernels.WORDS,):
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    assert module.of_norm(norm, torch.randn(3, 5, 4, 2), last) is None  # channels that lie apart
+
+
 class _Subclass(FakeQuantize):
     """A quantizer of a user's own, which may do anything."""
 
@@ -429,8 +456,11 @@ def _changes() -> dict[str, Any]:
 def test_what_a_kernel_does_not_know_is_left_to_the_modules(what: str, launches: dict[str, int]) -> None:
     module, last = parts()
     assert module.in_one_pass(torch.randn(4), last) is not None
+    norm, x = nn.BatchNorm1d(4), torch.randn(3, 4)
+    assert module.of_norm(norm, x, last) is not None
     _changes()[what](module, last)
     assert module.in_one_pass(torch.randn(4), last) is None
+    assert module.of_norm(norm, x, last) is None
 
 
 @pytest.mark.parametrize("observer", ["mse", "percentile"])

@@ -443,6 +443,65 @@ def test_a_norms_kernels_are_the_plain_ones(
                     torch.testing.assert_close(mine_, theirs_, rtol=4 * torch.finfo(dtype).eps, atol=1e-5 * size + 1e-30)
 
 
+@on_each_device
+@given(
+    data=st.data(), grid=grids, constant=constants, shape=normed, layout=layouts, batches=steps(), affine=st.booleans(),
+    hard=st.booleans(), learns=st.booleans(),
+)  # fmt: skip
+def test_a_norm_and_its_gate_are_the_norm_and_then_the_gate(
+    device: str, data: st.DataObject, grid: Grid, constant: float | None, shape: tuple[int, ...], layout: str,
+    batches: list[Any], affine: bool, hard: bool, learns: bool,
+) -> None:  # fmt: skip
+    """Of the same statistics, bit for bit: value, ranges, and the gradient that reaches the norm."""
+    dtype, channels = data.draw(st.sampled_from(DTYPES[device])), shape[1]
+    ends = (grid.quant_min, grid.quant_max)
+    with kernels(device) as place:
+        (mine, own), (theirs, other) = (
+            ([t for _ in range(3) for t in fresh(grid, None, place)], [scratch(place) for _ in range(3)]) for _ in range(2)
+        )
+        parameters = [torch.randn(channels, device=place) if affine else None for _ in range(2)]
+        running, moved = (
+            [torch.zeros(channels, device=place), torch.ones(channels, device=place), torch.tensor(0, device=place)]
+            for _ in range(2)
+        )
+        for i, step in enumerate(batches):
+            x = batch(shape, step, theirs[0], dtype, layout).to(place)
+            teaches = learns or i == 0
+            out, used, kept = fast_kernels.norm_gated(
+                x, *parameters, *running, 0.1, 1e-5, mine, own, teaches, hard, constant, *grid
+            )
+            flags = (False, False, None, None, None)
+            statistics = fast_kernels.norm_statistics(
+                x, *parameters, *moved, 0.1, 1e-5, *theirs[:4], other[0], *flags, *grid
+            )
+            assert_all_identical([*running, kept[plain_kernels.KEPT :]], [*moved, statistics[plain_kernels.KEPT :]])
+            by = fast_kernels if plain_kernels.has_channels_last(x) else plain_kernels
+            y = plain_kernels.normalised(
+                plain_kernels.dense(x), *parameters, *kept[plain_kernels.KEPT :].reshape(2, -1)
+            )
+            wanted, wanted_used = by.gated(y, theirs, other if teaches else [], hard, constant, *grid)
+            assert_all_identical([out, used, *mine], [wanted, wanted_used, *theirs])
+            assert out.stride() == wanted.stride()
+            if teaches:
+                for ours, its in zip(own, other, strict=True):
+                    assert_all_identical(plain_kernels.state_before(ours), plain_kernels.state_before(its))
+            assert not any(map(torch.any, (*(words[:3] for words in own), own[0][plain_kernels.COUNTS :])))
+            grad = torch.randn(x.shape, device=place).to(dtype)
+            found, again = (
+                fast_kernels.norm_gated_gradient(grad, x, *parameters, kept, used, hard, *ends) for _ in range(2)
+            )
+            assert_all_identical(found, again)
+            reached = by.gated_gradient(grad, y, used, hard, *ends).float()
+            sums = plain_kernels._norm_sums(reached, plain_kernels.dense(x), kept)
+            of_x = plain_kernels._norm_gradient(reached, plain_kernels.dense(x), parameters[0], kept, sums).to(dtype)
+            if bool(kept.isfinite().all()) and bool(reached.isfinite().all()):
+                factor = kept[plain_kernels.KEPT + channels :] * (1.0 if parameters[0] is None else parameters[0])
+                # what cancels leaves its last digits
+                sizes = float(reached.abs().max()) * float(factor.abs().max()), float(reached.abs().sum())
+                for ours, its, size in zip(found, (of_x, sums), sizes, strict=True):
+                    torch.testing.assert_close(ours, its, rtol=4 * torch.finfo(dtype).eps, atol=1e-5 * size + 1e-30)
+
+
 def test_the_interpreter_leaves_triton_as_it_was() -> None:
     """So that other tests of this process compile."""
     triton = pytest.importorskip("triton")
@@ -524,6 +583,40 @@ def test_a_gated_operator_is_its_steps_and_their_gradient(
     out.backward(grad)
     wanted.backward(grad)
     torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("hard", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+@given(grid=grids, seed=st.integers(0, 99), shape=normed, layout=layouts)
+def test_a_norm_and_its_gate_are_their_steps_and_their_gradient(
+    hard: bool, affine: bool, grid: Grid, seed: int, shape: tuple[int, ...], layout: str
+) -> None:
+    """As PyTorch's own norm, gate and their derivatives give them."""
+    torch.manual_seed(seed)
+    kind = {2: torch.nn.BatchNorm1d, 3: torch.nn.BatchNorm1d, 4: torch.nn.BatchNorm2d, 5: torch.nn.BatchNorm3d}[len(shape)]
+    norm, other_norm = (kind(shape[1], affine=affine).double() for _ in range(2))
+    states: Any = tuple(known(grid, *ends, "cpu") for ends in ((-2.0, 2.9), (0.0, 0.9), (-0.3, 2.0)))
+    x = batch(shape, (1.0, False, seed), states[0][0], torch.float64, layout)
+    if float(x.transpose(0, 1).flatten(1).var(1).min()) < 1e-3:  # then a last digit is many in the gradient
+        x = x + torch.randn(shape).double()
+    leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+
+    def q(value: Tensor, state: plain_kernels.State) -> Tensor:
+        return fake_quantize(value, state[0].reshape(()), state[1].reshape(()), grid.quant_min, grid.quant_max)
+
+    a = q(other_norm(other), states[0])
+    wanted = q(a * q((torch.nn.functional.hardsigmoid(a) if hard else torch.sigmoid(a)), states[1]), states[2])
+    out = operators.batch_norm_gated(leaf, norm, states, [scratch() for _ in range(3)], False, hard, None, grid)
+    apart = (out - wanted).abs().detach()
+    assert float((apart > 1e-5).double().mean()) <= 0.05  # a value near a tie goes either way
+    for mine, theirs in zip(norm.buffers(), other_norm.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    if float(apart.max()) <= 1e-5:
+        grad = torch.randn(shape).double()
+        out.backward(grad)
+        wanted.backward(grad)
+        for mine_, theirs_ in zip((leaf, *norm.parameters()), (other, *other_norm.parameters()), strict=True):
+            torch.testing.assert_close(mine_.grad, theirs_.grad, rtol=1e-3, atol=1e-3)
 
 
 @given(spec=strategies.specs(per_channel=True), shape=shapes, batches=steps())
@@ -728,13 +821,19 @@ def test_kernels_keep_float32_whatever_pytorchs_default_is(dtype: torch.dtype) -
     assert kept.dtype == gradient.dtype == torch.float32
 
 
-def test_a_gated_gradient_has_none_of_its_own_and_pytorch_says_so() -> None:
+@pytest.mark.parametrize("of_norm", [False, True])
+def test_a_gated_gradient_has_none_of_its_own_and_pytorch_says_so(of_norm: bool) -> None:
     grid = QuantSpec().grid
     states: Any = tuple(known(grid, -1.0, 1.0, "cpu") for _ in range(3))
-    x = torch.randn(8, requires_grad=True)
-    out = operators.fake_quantize_gated(x, states, [], True, None, grid)
+    x = torch.randn(8, 2, requires_grad=True)
+    if of_norm:
+        words = [scratch() for _ in range(3)]
+        out = operators.batch_norm_gated(x, torch.nn.BatchNorm1d(2), states, words, False, True, None, grid)
+    else:
+        out = operators.fake_quantize_gated(x, states, [], True, None, grid)
     (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
-    with pytest.warns(UserWarning, match="eagerq::gated_gradient: an autograd kernel was not registered"):
+    name = "batch_norm_gated_gradient" if of_norm else "gated_gradient"
+    with pytest.warns(UserWarning, match=f"eagerq::{name}: an autograd kernel was not registered"):
         torch.autograd.grad(grad.sum(), x)
 
 
@@ -768,6 +867,11 @@ def _arguments(layout: str) -> dict[str, tuple[Any, ...]]:
         "batch_norm_activation that takes nothing": (
             x().detach(), *affine, *running[:2], None, 0.1, 1e-5, *fresh(_GRID), scratch(), False, False, 0.0, None, None, *_GRID
         ),
+        "batch_norm_gated": (x(), *affine, *running, 0.1, 1e-5, three, [scratch() for _ in range(3)], True, True, 0.01, *_GRID),
+        "batch_norm_gated that learns nothing": (
+            x(), None, None, *running[:2], None, 0.1, 1e-5, three, [scratch() for _ in range(3)], False, False, None, *_GRID
+        ),
+        "batch_norm_gated_gradient": (torch.randn(3, 2, 4, 5), x().detach(), *affine, kept, used, True, 0, 255),
         "batch_norm_statistics": (x().detach(), *affine, *running, 0.1, 1e-5, *learns),
         "batch_norm_sums": (torch.randn(3, 2, 4, 5), x().detach(), *affine, kept, 0.0, None, 0, 255),
         "fake_quantize_weight": (x(), *fresh(_WEIGHT, 3), *_WEIGHT, torch.float32),

@@ -16,7 +16,8 @@ from eagerq.quant import triton_kernels, triton_norms  # noqa: E402
 
 #: What a launch may leave out, here all or nothing; a range that is symmetric, or not.
 FLAGS = (
-    "HAS_LOW", "HAS_HIGH", "OBSERVE", "LEARN", "MASK", "HARD", "AFFINE", "TRACKS", "SYMMETRIC", "POWER_OF_TWO", "MIN_MAX", "EVEN",
+    "HAS_LOW", "HAS_HIGH", "OBSERVE", "LEARN", "MASK", "HARD", "GATED", "AFFINE", "TRACKS", "SYMMETRIC", "POWER_OF_TWO",
+    "MIN_MAX", "EVEN",
 )  # fmt: skip
 SIZES = {
     "QMIN": 0, "QMAX": 255, "LEVELS": 127, "FIXED_ZERO": 128, "FUSED": True, "BLOCK": 1024,

@@ -149,6 +149,29 @@ def norm_gradient(
     return out, found
 
 
+def norm_gated(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    kernels = _of_norm(x)
+    if kernels is None:
+        return plain.norm_gated(x, weight, bias, *rest)
+    out, used, kept = torch.empty_like(x), torch.empty(9, dtype=torch.float32, device=x.device), plain.kept_of(x)
+    kernels.gated_forward(x, out, kept, used, weight, bias, *rest)
+    return out, used, kept
+
+
+def norm_gated_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    kernels = _of_norm(x) if grad.dtype in DTYPES else None
+    if kernels is None:
+        return plain.norm_gated_gradient(grad, x, weight, bias, kept, *rest)
+    grad = grad.contiguous(memory_format=memory_format(x))
+    out, found = torch.empty_like(grad), plain.sums_of(x)
+    kernels.backward(grad, x, out, found, weight, bias, kept, *rest)
+    return out, found
+
+
 def weight_by_its_range(
     weight: Tensor, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor, *rest: Any
 ) -> Tensor:

@@ -13,6 +13,8 @@ r"""Fake quantization as ``torch.library`` operators that do in one pass what th
   A norm is monotone in each channel, after every rounding too, so the ends of its output are images of those of x. Its backward
   finds :math:`a` again from x, which a norm keeps anyway, and needs no mask. Compilers see ``eagerq::batch_norm_statistics`` and
   ``eagerq::batch_norm_sums``, the first pass of either way, and PyTorch's own functions, to be fused with what surrounds them.
+- ``eagerq::batch_norm_gated``: a batch norm in training before SiLU or Hardswish in quantized steps, in as many passes; its
+  backward ``eagerq::batch_norm_gated_gradient`` computes all of it again from x.
 - ``eagerq::fake_quantize_weight``: range, scale and fake quantization of a weight by its own range, a scale for each of its
   outermost channels, in the dtype asked for. It never clips, so the gradient passes whole.
 
@@ -52,12 +54,17 @@ _SCHEMAS = {
     "batch_norm_statistics": f"{_NORM} -> Tensor",
     "batch_norm_sums": "(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor kept, float? low, float? high,"
     " int quant_min, int quant_max) -> Tensor",
+    "batch_norm_gated": "(Tensor x, Tensor? weight, Tensor? bias, Tensor(f!) running_mean, Tensor(g!) running_var,"
+    " Tensor(h!)? batches, float momentum, float eps, Tensor(a!)[] state, Tensor(b!)[] scratch, bool learns, bool hard,"
+    f" float? constant, {_GRID}) -> (Tensor, Tensor, Tensor)",
+    "batch_norm_gated_gradient": "(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor kept, Tensor used, bool hard,"
+    " int quant_min, int quant_max) -> (Tensor, Tensor)",
     "fake_quantize_weight": f"(Tensor weight, {_STATE}, {_GRID}, ScalarType dtype) -> Tensor",
 }
 #: Behind the name of an operator with a gradient, the same without one: what compiled code holds, since for the first PyTorch's
 #: dispatcher would enter Python twice.
 BELOW = "_below_autograd"
-_WITH_BELOW = ("fake_quantize_activation", "masked_gradient", "fake_quantize_gated", "fake_quantize_weight")
+_WITH_BELOW = ("fake_quantize_activation", "masked_gradient", "fake_quantize_gated", "batch_norm_gated", "fake_quantize_weight")
 
 _LIBRARY: Any = torch.library.Library("eagerq", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _name, _schema in _SCHEMAS.items():
@@ -75,6 +82,9 @@ _gated_gradient = torch.ops.eagerq.gated_gradient.default
 _weight = torch.ops.eagerq.fake_quantize_weight.default
 _weight_below = torch.ops.eagerq.fake_quantize_weight_below_autograd.default
 _norm = torch.ops.eagerq.batch_norm_activation.default
+_norm_gated = torch.ops.eagerq.batch_norm_gated.default
+_norm_gated_below = torch.ops.eagerq.batch_norm_gated_below_autograd.default
+_norm_gated_gradient = torch.ops.eagerq.batch_norm_gated_gradient.default
 _norm_statistics = torch.ops.eagerq.batch_norm_statistics.default
 _norm_sums = torch.ops.eagerq.batch_norm_sums.default
 
@@ -137,17 +147,41 @@ def batch_norm_activation(
     Returns:
         the result, and what was kept, in which, where a range is taken that the state does not learn, 4 and 5 are its ends.
     """
-    parameters, buffers = norm._parameters, norm._buffers
-    weight, bias = parameters["weight"], parameters["bias"]
-    rest = (
-        buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"], float(norm.momentum), float(norm.eps),
-        *state, scratch, observes, learns, *bounds, constant, *grid,
-    )  # fmt: skip
+    weight, bias, of_norm = _of(norm)
+    rest = (*of_norm, *state, scratch, observes, learns, *bounds, constant, *grid)
     if fast.is_plain(x):
         found: tuple[Tensor, Tensor] = _Norm.apply(x, weight, bias, rest)  # type: ignore[no-untyped-call]
         return found
     found = _norm(x, weight, bias, *rest)
     return found
+
+
+def batch_norm_gated(
+    x: Tensor, norm: Any, states: tuple[State, State, State], scratch: list[Tensor], learns: bool, hard: bool,
+    constant: float | None, grid: Grid,
+) -> Tensor:  # fmt: skip
+    """Batch norm in training, and SiLU or Hardswish in quantized steps; see the module's text.
+
+    Args:
+        x, norm: as of ``batch_norm_activation``.
+        states, hard, constant, grid: as of ``fake_quantize_gated``.
+        scratch: of the three quantizers.
+        learns: whether their states learn.
+    """
+    weight, bias, of_norm = _of(norm)
+    rest = (*of_norm, [t for state in states for t in state], scratch, learns, hard, constant, *grid)
+    if fast.is_plain(x):
+        out: Tensor = _NormGated.apply(x, weight, bias, rest)[0]  # type: ignore[no-untyped-call]
+        return out
+    out = _norm_gated(x, weight, bias, *rest)[0]
+    return out
+
+
+def _of(norm: Any) -> tuple[Any, ...]:
+    """Weight and bias, and what else kernels take of a norm."""
+    parameters, buffers = norm._parameters, norm._buffers
+    held = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+    return parameters["weight"], parameters["bias"], (*held, float(norm.momentum), float(norm.eps))
 
 
 def fake_quantize_weight(weight: Tensor, state: State, grid: Grid, dtype: torch.dtype) -> Tensor:
@@ -187,6 +221,14 @@ def _fake_gated_gradient(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
 
 def _fake_norm(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(plain.dense(x)), plain.kept_of(x)
+
+
+def _fake_norm_gated(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return *_fake_gated(x), plain.kept_of(x)
+
+
+def _fake_norm_gated_gradient(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(plain.dense(x), dtype=grad.dtype), plain.sums_of(x)
 
 
 def _fake_statistics(x: Tensor, *rest: Any) -> Tensor:
@@ -309,11 +351,40 @@ class _Norm(torch.autograd.Function):
         else:
             found = _norm_sums(grad, x, weight, bias, kept, *ctx.arguments)
             out = plain.norm_gradient(grad, x, weight, bias, kept, found, *ctx.arguments)
-        needs = ctx.needs_input_grad
-        if not (needs[1] or needs[2]):
-            return out, None, None, None
-        of_bias, of_weight = found.unbind()
-        return out, of_weight.to(weight.dtype) if needs[1] else None, of_bias.to(bias.dtype) if needs[2] else None, None
+        return out, *_parameters_gradient(ctx, found, weight, bias), None
+
+
+class _NormGated(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out, used, kept = _below(x, _norm_gated_below, fast.norm_gated, weight, bias, *rest)
+        ctx.save_for_backward(x, weight, bias, kept, used)
+        ctx.mark_non_differentiable(used, kept)
+        ctx.set_materialize_grads(False)
+        hard, _, quant_min, quant_max, *_ = rest[8:]
+        ctx.arguments = hard, quant_min, quant_max
+        return out, used, kept
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if grad is None:
+            return None, None, None, None
+        saved = ctx.saved_tensors
+        plainly = not torch.is_grad_enabled() and fast.is_plain(grad)
+        gradient: Any = fast.norm_gated_gradient if plainly else _norm_gated_gradient
+        out, found = gradient(grad, *saved, *ctx.arguments)
+        return out, *_parameters_gradient(ctx, found, *saved[1:3]), None
+
+
+def _parameters_gradient(ctx: Any, found: Tensor, weight: Any, bias: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Of weight and bias, of what ``norm_sums`` finds."""
+    needs = ctx.needs_input_grad
+    if not (needs[1] or needs[2]):
+        return None, None
+    of_bias, of_weight = found.unbind()
+    return of_weight.to(weight.dtype) if needs[1] else None, of_bias.to(bias.dtype) if needs[2] else None
 
 
 def _norms_own_gradient(ctx: Any, grad: Tensor) -> list[Tensor | None]:
@@ -341,7 +412,7 @@ class _Weight(torch.autograd.Function):
 
 
 def _autograd(function: Any) -> Any:
-    if function is _Norm:
+    if function in (_Norm, _NormGated):
         return lambda x, weight, bias, *rest: function.apply(x, weight, bias, rest)
     return lambda x, *rest: function.apply(x, rest)
 
@@ -352,6 +423,8 @@ for _name, _function, _plain, _fast, _fake in (
     ("fake_quantize_gated", _Gated, plain.gated, fast.gated, _fake_gated),
     ("gated_gradient", None, plain.gated_gradient, fast.gated_gradient, _fake_gated_gradient),
     ("batch_norm_activation", _Norm, plain.norm_activation, fast.norm_activation, _fake_norm),
+    ("batch_norm_gated", _NormGated, plain.norm_gated, fast.norm_gated, _fake_norm_gated),
+    ("batch_norm_gated_gradient", None, plain.norm_gated_gradient, fast.norm_gated_gradient, _fake_norm_gated_gradient),
     ("batch_norm_statistics", None, plain.norm_statistics, fast.norm_statistics, _fake_statistics),
     ("batch_norm_sums", None, plain.norm_sums, fast.norm_sums, _fake_sums),
     ("fake_quantize_weight", _Weight, plain.weight_by_its_range, fast.weight_by_its_range, _fake_weight),

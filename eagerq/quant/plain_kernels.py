@@ -247,8 +247,11 @@ def norm_sums(grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | Non
     """Of the gradient that passes, for each channel: its sum and that of its product with the normalised x, ``(2, C)``; the
     gradients of bias and weight."""
     x = dense(x)
+    return _norm_sums(torch.where(norm_applied(x, weight, bias, kept, *rest)[1], grad.float(), 0.0), x, kept)
+
+
+def _norm_sums(passed: Tensor, x: Tensor, kept: Tensor) -> Tensor:
     mean, inverse = kept[KEPT:].reshape(2, -1)
-    passed = torch.where(norm_applied(x, weight, bias, kept, *rest)[1], grad.float(), 0.0)
     apart = (x.float() - _along_channels(mean, x)) * _along_channels(inverse, x)
     axes = [0, *range(2, x.dim())]
     return torch.stack([passed.sum(axes), (passed * apart).sum(axes)])
@@ -259,13 +262,42 @@ def norm_gradient(
 ) -> Tensor:
     """Of x, with what ``norm_sums`` found."""
     x = dense(x)
+    passed = torch.where(norm_applied(x, weight, bias, kept, *rest)[1], grad.float(), 0.0)
+    return _norm_gradient(passed, x, weight, kept, found).to(grad.dtype)
+
+
+def _norm_gradient(passed: Tensor, x: Tensor, weight: Tensor | None, kept: Tensor, found: Tensor) -> Tensor:
     mean, inverse = kept[KEPT:].reshape(2, -1)
     n = x.numel() // x.shape[1]
-    passed = torch.where(norm_applied(x, weight, bias, kept, *rest)[1], grad.float(), 0.0)
     factor = inverse if weight is None else inverse * weight.float()
     shift, slope = found[0] / n, found[1] / n * inverse
     out = passed - _along_channels(shift, x) - (x.float() - _along_channels(mean, x)) * _along_channels(slope, x)
-    return (out * _along_channels(factor, x)).to(grad.dtype)
+    return out * _along_channels(factor, x)
+
+
+def norm_gated(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor, batches: Tensor | None,
+    momentum: float, eps: float, state: list[Tensor], scratch: list[Tensor], learns: bool, hard: bool, constant: float | None,
+    *grid: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x = dense(x)
+    kept = norm_statistics(
+        x, weight, bias, running_mean, running_var, batches, momentum, eps, *_states(state)[0], scratch[0], False, False, None,
+        None, None, *grid,
+    )  # fmt: skip
+    y = normalised(x, weight, bias, *kept[KEPT:].reshape(2, -1))
+    return *gated(y, state, scratch if learns else [], hard, constant, *grid), kept
+
+
+def norm_gated_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor, used: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """Of x, and the sums of ``norm_sums``."""
+    x = dense(x)
+    y = normalised(x, weight, bias, *kept[KEPT:].reshape(2, -1))
+    passed = gated_gradient(grad, y, used, *rest).float()
+    found = _norm_sums(passed, x, kept)
+    return _norm_gradient(passed, x, weight, kept, found).to(grad.dtype), found
 
 
 def masked_gradient(grad: Tensor, mask: Tensor) -> Tensor:

@@ -293,6 +293,50 @@ def _used(used_ptr, scale, zero, known):
     tl.store(used_ptr + 2, known.to(tl.float32))
 
 
+@triton.jit
+def _quantized(
+    x, by, QMIN: tl.constexpr, QMAX: tl.constexpr, FUSED: tl.constexpr, KIND: tl.constexpr
+):  # fmt: skip
+    """Real values of codes, rounded as the quantizer's own tensor is, and where the gradient passes; ``by`` is of ``_in_use``."""
+    scale, inverse, zero, known = by
+    q, inside = _code(x, scale, inverse, QMIN - zero, QMAX - zero, FUSED)
+    return tl.where(known, q * scale, x).to(KIND).to(tl.float32), inside | (known == 0)
+
+
+@triton.jit
+def _through_gate(
+    x, by, g_by, HARD: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, FUSED: tl.constexpr, KIND: tl.constexpr
+):  # fmt: skip
+    """Of SiLU or Hardswish in quantized steps: input, gate before and after it is rounded, quantized gate, product; and where
+    the two quantizers let the gradient pass."""
+    a, passes = _quantized(x, by, QMIN, QMAX, FUSED, KIND)
+    fine = _gate(a, HARD, FUSED)
+    gate = fine.to(KIND).to(tl.float32)
+    b, gate_passes = _quantized(gate, g_by, QMIN, QMAX, FUSED, KIND)
+    return a, fine, gate, b, (a * b).to(KIND).to(tl.float32), passes, gate_passes
+
+
+@triton.jit
+def _gated_gradient(
+    grad, x, by, g_by, y_by, HARD: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, FUSED: tl.constexpr,
+    KIND: tl.constexpr,
+):  # fmt: skip
+    a, fine, _gate, b, y, passes, gate_passes = _through_gate(x, by, g_by, HARD, QMIN, QMAX, FUSED, KIND)
+    _out, y_passes = _quantized(y, y_by, QMIN, QMAX, FUSED, KIND)
+    if HARD:
+        slope = tl.where((a > -3.0) & (a < 3.0), 1.0 / 6.0, 0.0)
+    else:
+        slope = fine * (1.0 - fine)
+    return tl.where(passes & y_passes, grad * (b + tl.where(gate_passes, a * slope, 0.0)), 0.0)
+
+
+@triton.jit
+def _in_use(used_ptr):
+    """Scale, its inverse, zero point and whether there is a range, of what a forward kept for its backward."""
+    scale = tl.load(used_ptr)
+    return scale, tl.math.div_rn(1.0, scale), tl.load(used_ptr + 1), tl.load(used_ptr + 2) != 0.0
+
+
 @triton.jit(do_not_specialize_on_alignment=["used_ptr", *_SMALL])
 def _gated_forward(
     x_ptr, out_ptr, used_ptr, scratch_ptr, g_scratch_ptr, y_scratch_ptr,
@@ -307,9 +351,9 @@ def _gated_forward(
     scale, zero, least, greatest, known = _state(scale_ptr, zero_ptr, least_ptr, greatest_ptr)
     g_scale, g_zero, g_least, g_greatest, g_known = _state(g_scale_ptr, g_zero_ptr, g_least_ptr, g_greatest_ptr)
     y_scale, y_zero, y_least, y_greatest, y_known = _state(y_scale_ptr, y_zero_ptr, y_least_ptr, y_greatest_ptr)
-    inverse = tl.math.div_rn(1.0, scale)
-    g_inverse = tl.math.div_rn(1.0, g_scale)
-    y_inverse = tl.math.div_rn(1.0, y_scale)
+    by = scale, tl.math.div_rn(1.0, scale), zero, known
+    g_by = g_scale, tl.math.div_rn(1.0, g_scale), g_zero, g_known
+    y_by = y_scale, tl.math.div_rn(1.0, y_scale), y_zero, y_known
     if program == 0:
         _used(used_ptr, scale, zero, known)
         _used(used_ptr + 3, g_scale, g_zero, g_known)
@@ -321,22 +365,17 @@ def _gated_forward(
     g_high = high
     y_low = low
     y_high = high
-    kind = x_ptr.dtype.element_ty
+    kind: tl.constexpr = x_ptr.dtype.element_ty
     start = program.to(tl.int64) * BLOCK
     for _ in range(program, tl.cdiv(n, BLOCK), programs):
         x = _load(x_ptr, lanes, start, n, EVEN)
-        q, _inside = _code(x, scale, inverse, QMIN - zero, QMAX - zero, FUSED)
-        a = tl.where(known, q * scale, x).to(kind).to(tl.float32)  # rounded where the modules' own tensors are
-        gate = _gate(a, HARD, FUSED).to(kind).to(tl.float32)
-        q, _inside = _code(gate, g_scale, g_inverse, QMIN - g_zero, QMAX - g_zero, FUSED)
-        b = tl.where(g_known, q * g_scale, gate).to(kind).to(tl.float32)
-        y = (a * b).to(kind).to(tl.float32)
-        q, _inside = _code(y, y_scale, y_inverse, QMIN - y_zero, QMAX - y_zero, FUSED)
+        _a, _fine, gate, _b, y, _passes, _gate_passes = _through_gate(x, by, g_by, HARD, QMIN, QMAX, FUSED, kind)
         if OBSERVE:
             low, high = _seen(x, low, high)
             g_low, g_high = _seen(gate, g_low, g_high)
             y_low, y_high = _seen(y, y_low, y_high)
-        _store(out_ptr, lanes, start, n, tl.where(y_known, q * y_scale, y), EVEN)
+        out, _inside = _quantized(y, y_by, QMIN, QMAX, FUSED, kind)
+        _store(out_ptr, lanes, start, n, out, EVEN)
         start += programs.to(tl.int64) * BLOCK
     if OBSERVE:
         _give(scratch_ptr, low, high)
@@ -366,37 +405,15 @@ def _gated_backward(
 ):  # fmt: skip
     program = tl.program_id(0)
     programs = tl.num_programs(0)
-    scale = tl.load(used_ptr)
-    zero = tl.load(used_ptr + 1)
-    unknown = (tl.load(used_ptr + 2) != 0.0) == 0
-    g_scale = tl.load(used_ptr + 3)
-    g_zero = tl.load(used_ptr + 4)
-    g_unknown = (tl.load(used_ptr + 5) != 0.0) == 0
-    y_scale = tl.load(used_ptr + 6)
-    y_zero = tl.load(used_ptr + 7)
-    y_unknown = (tl.load(used_ptr + 8) != 0.0) == 0
-    inverse = tl.math.div_rn(1.0, scale)
-    g_inverse = tl.math.div_rn(1.0, g_scale)
-    y_inverse = tl.math.div_rn(1.0, y_scale)
-    kind = x_ptr.dtype.element_ty
+    by = _in_use(used_ptr)
+    g_by = _in_use(used_ptr + 3)
+    y_by = _in_use(used_ptr + 6)
     lanes = tl.arange(0, BLOCK)
     start = program.to(tl.int64) * BLOCK
     for _ in range(program, tl.cdiv(n, BLOCK), programs):
         x = _load(x_ptr, lanes, start, n, EVEN)
         grad = _load(grad_ptr, lanes, start, n, EVEN)
-        q, passes = _code(x, scale, inverse, QMIN - zero, QMAX - zero, FUSED)
-        a = tl.where(unknown, x, q * scale).to(kind).to(tl.float32)
-        fine = _gate(a, HARD, FUSED)
-        gate = fine.to(kind).to(tl.float32)
-        q, gate_passes = _code(gate, g_scale, g_inverse, QMIN - g_zero, QMAX - g_zero, FUSED)
-        b = tl.where(g_unknown, gate, q * g_scale).to(kind).to(tl.float32)
-        q, y_passes = _code((a * b).to(kind).to(tl.float32), y_scale, y_inverse, QMIN - y_zero, QMAX - y_zero, FUSED)
-        if HARD:
-            slope = tl.where((a > -3.0) & (a < 3.0), 1.0 / 6.0, 0.0)
-        else:
-            slope = fine * (1.0 - fine)
-        slope = b + tl.where(gate_passes | g_unknown, a * slope, 0.0)
-        grad = tl.where((passes | unknown) & (y_passes | y_unknown), grad * slope, 0.0)
+        grad = _gated_gradient(grad, x, by, g_by, y_by, HARD, QMIN, QMAX, FUSED, x_ptr.dtype.element_ty)
         _store(out_ptr, lanes, start, n, grad, EVEN)
         start += programs.to(tl.int64) * BLOCK
 

@@ -21,12 +21,18 @@ from torch import Tensor
 from eagerq.quant import plain_kernels as plain
 from eagerq.quant.triton_kernels import (
     _code,
+    _gated_gradient,
     _give,
+    _in_use,
     _interprets,
     _learn,
     _processors,
+    _quantized,
     _round,
     _seen,
+    _state,
+    _through_gate,
+    _used,
     _value,
     address,
     stream_of,
@@ -37,6 +43,9 @@ from eagerq.quant.triton_kernels import (
 _FORWARD_SUMS = (4096, 2, 4)
 _BACKWARD_SUMS = (2048, 3, 3)
 _WRITES = (4096, 8, 3)
+#: Where a gate is computed too, which takes registers.
+_GATED_SUMS = (2048, 3, 3)
+_GATED_WRITES = (2048, 8, 3)
 #: Most channels of a step of a pass that sums, unless there would be too many blocks of them, and of one that writes.
 _SUMMED = 32
 _WRITTEN = 64
@@ -52,7 +61,7 @@ _SMALL = [
     f"{name}_ptr"
     for name in (
         "part", "weight", "bias", "kept", "running_mean", "running_var", "batches", "scale", "zero", "least", "greatest",
-        "scratch", "sums",
+        "scratch", "sums", "used", *(f"{of}_{name}" for of in "gy" for name in ("scale", "zero", "least", "greatest", "scratch")),
     )
 ]  # fmt: skip
 _INTEGERS = ["rows", "chunk", "parts"]
@@ -291,24 +300,101 @@ def _norm_forward(
         tl.store(out_ptr + at, tl.where(known, q * scale, a).to(out_ptr.dtype.element_ty), mask=here)
 
 
+@triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_SMALL)
+def _norm_gated_forward(
+    x_ptr, out_ptr, weight_ptr, bias_ptr, kept_ptr, used_ptr, g_scratch_ptr, y_scratch_ptr, g_scale_ptr, g_zero_ptr,
+    g_least_ptr, g_greatest_ptr, y_scale_ptr, y_zero_ptr, y_least_ptr, y_greatest_ptr, rows, chunk, channels, constant,
+    AFFINE: tl.constexpr, HARD: tl.constexpr, OBSERVE: tl.constexpr,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, LEVELS: tl.constexpr, FIXED_ZERO: tl.constexpr,
+    SYMMETRIC: tl.constexpr, POWER_OF_TWO: tl.constexpr, MIN_MAX: tl.constexpr,
+    FUSED: tl.constexpr, STAGES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """SiLU or Hardswish of the norm in quantized steps; the quantizers of gate and product learn."""
+    program = tl.program_id(0)
+    part, column = _place(program, channels, BC)
+    inside = column < channels
+    by = _in_use(kept_ptr)
+    g_scale, g_zero, g_least, g_greatest, g_known = _state(g_scale_ptr, g_zero_ptr, g_least_ptr, g_greatest_ptr)
+    y_scale, y_zero, y_least, y_greatest, y_known = _state(y_scale_ptr, y_zero_ptr, y_least_ptr, y_greatest_ptr)
+    g_by = g_scale, tl.math.div_rn(1.0, g_scale), g_zero, g_known
+    y_by = y_scale, tl.math.div_rn(1.0, y_scale), y_zero, y_known
+    if program == 0:
+        _used(used_ptr, by[0], by[2], by[3])
+        _used(used_ptr + 3, g_scale, g_zero, g_known)
+        _used(used_ptr + 6, y_scale, y_zero, y_known)
+    mean, _inverse, factor, bias = _statistics(kept_ptr, weight_ptr, bias_ptr, channels, column, inside, AFFINE)
+    first = part * chunk
+    end = tl.minimum(first + chunk, rows)
+    lanes = tl.arange(0, BR)
+    kind: tl.constexpr = x_ptr.dtype.element_ty
+    g_low = tl.full((BR, BC), float("inf"), tl.float32)
+    g_high = tl.full((BR, BC), float("-inf"), tl.float32)
+    y_low = g_low
+    y_high = g_high
+    for start in tl.range(first, end, BR, num_stages=STAGES):
+        row = start + lanes
+        at = _offsets(row, column, channels)
+        here = (row < end)[:, None] & inside[None, :]
+        x = _affine(_values(x_ptr, at, here), mean[None, :], factor[None, :], bias[None, :], kind)
+        _a, _fine, gate, _b, y, _passes, _gate_passes = _through_gate(x, by, g_by, HARD, QMIN, QMAX, FUSED, kind)
+        if OBSERVE:
+            new_low, new_high = _seen(gate, g_low, g_high)
+            g_low = tl.where(here, new_low, g_low)
+            g_high = tl.where(here, new_high, g_high)
+            new_low, new_high = _seen(y, y_low, y_high)
+            y_low = tl.where(here, new_low, y_low)
+            y_high = tl.where(here, new_high, y_high)
+        out, _inside = _quantized(y, y_by, QMIN, QMAX, FUSED, kind)
+        tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=here)
+    if OBSERVE:
+        _give(g_scratch_ptr, g_low, g_high)
+        _give(y_scratch_ptr, y_low, y_high)
+        if _is_last(g_scratch_ptr + 2, tl.num_programs(0)):
+            _learn(
+                g_scratch_ptr, g_scale_ptr, g_zero_ptr, g_least_ptr, g_greatest_ptr, g_scale, g_zero,
+                g_least, g_greatest, constant, QMIN, QMAX, LEVELS, FIXED_ZERO, SYMMETRIC, POWER_OF_TWO, MIN_MAX,
+            )  # fmt: skip
+            _learn(
+                y_scratch_ptr, y_scale_ptr, y_zero_ptr, y_least_ptr, y_greatest_ptr, y_scale, y_zero,
+                y_least, y_greatest, constant, QMIN, QMAX, LEVELS, FIXED_ZERO, SYMMETRIC, POWER_OF_TWO, MIN_MAX,
+            )  # fmt: skip
+
+
 @triton.jit
-def _passed(grad, x, mean, factor, bias, below, above, KIND: tl.constexpr):
-    """The gradient where neither clamp nor clip held the value."""
+def _limits(kept_ptr, used_ptr, GATED: tl.constexpr):
+    """What decides where the gradient passes: what the quantizers before and in a gate and behind it compute with, or between
+    which values it does."""
+    if GATED:
+        return _in_use(used_ptr), _in_use(used_ptr + 3), _in_use(used_ptr + 6)
+    else:  # noqa: RET505  # Triton wants one type of what is returned, unless a constant leaves the other out
+        return tl.load(kept_ptr + 6), tl.load(kept_ptr + 7)
+
+
+@triton.jit
+def _passed(
+    grad, x, mean, factor, bias, limits, GATED: tl.constexpr, HARD: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
+    FUSED: tl.constexpr, KIND: tl.constexpr, GRAD_KIND: tl.constexpr,
+):  # fmt: skip
+    """The norm's gradient: where neither clamp nor clip held the value, or through the gate, rounded as its own tensor is."""
     y = _affine(x, mean, factor, bias, KIND)
-    return tl.where((y > below) & (y < above), grad, 0.0)
+    if GATED:
+        grad = _gated_gradient(grad, y, limits[0], limits[1], limits[2], HARD, QMIN, QMAX, FUSED, KIND)
+        return grad.to(GRAD_KIND).to(tl.float32)
+    else:  # noqa: RET505
+        return tl.where((y > limits[0]) & (y < limits[1]), grad, 0.0)
 
 
 @triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_SMALL)
 def _norm_sums(
-    x_ptr, grad_ptr, part_ptr, sums_ptr, weight_ptr, bias_ptr, kept_ptr, rows, chunk, parts, channels,
-    AFFINE: tl.constexpr, BP: tl.constexpr, STAGES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    x_ptr, grad_ptr, part_ptr, sums_ptr, weight_ptr, bias_ptr, kept_ptr, used_ptr, rows, chunk, parts, channels,
+    AFFINE: tl.constexpr, GATED: tl.constexpr, HARD: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, FUSED: tl.constexpr,
+    BP: tl.constexpr, STAGES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Of a part of the rows, for each channel: the sum of the gradient, and of its product with the normalised x; then of all
     parts."""
     part, column = _place(tl.program_id(0), channels, BC)
     inside = column < channels
-    below = tl.load(kept_ptr + 6)
-    above = tl.load(kept_ptr + 7)
+    limits = _limits(kept_ptr, used_ptr, GATED)
     mean, inverse, factor, bias = _statistics(kept_ptr, weight_ptr, bias_ptr, channels, column, inside, AFFINE)
     first = part * chunk
     end = tl.minimum(first + chunk, rows)
@@ -321,8 +407,10 @@ def _norm_sums(
         here = (row < end)[:, None] & inside[None, :]
         x = _values(x_ptr, at, here)
         grad = _values(grad_ptr, at, here)
-        kind: tl.constexpr = x_ptr.dtype.element_ty
-        grad = _passed(grad, x, mean[None, :], factor[None, :], bias[None, :], below, above, kind)
+        grad = _passed(
+            grad, x, mean[None, :], factor[None, :], bias[None, :], limits, GATED, HARD, QMIN, QMAX, FUSED,
+            x_ptr.dtype.element_ty, grad_ptr.dtype.element_ty,
+        )  # fmt: skip
         total += grad
         products += grad * (x - mean[None, :])
     at = part_ptr + part.to(tl.int64) * channels + column
@@ -346,13 +434,13 @@ def _norm_sums(
 
 @triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_SMALL)
 def _norm_backward(
-    x_ptr, grad_ptr, out_ptr, sums_ptr, weight_ptr, bias_ptr, kept_ptr, rows, chunk, channels,
-    AFFINE: tl.constexpr, STAGES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    x_ptr, grad_ptr, out_ptr, sums_ptr, weight_ptr, bias_ptr, kept_ptr, used_ptr, rows, chunk, channels,
+    AFFINE: tl.constexpr, GATED: tl.constexpr, HARD: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, FUSED: tl.constexpr,
+    STAGES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     part, column = _place(tl.program_id(0), channels, BC)
     inside = column < channels
-    below = tl.load(kept_ptr + 6)
-    above = tl.load(kept_ptr + 7)
+    limits = _limits(kept_ptr, used_ptr, GATED)
     mean, inverse, factor, bias = _statistics(kept_ptr, weight_ptr, bias_ptr, channels, column, inside, AFFINE)
     n = rows.to(tl.float32)
     shift = _values(sums_ptr, column, inside) / n
@@ -366,8 +454,10 @@ def _norm_backward(
         here = (row < end)[:, None] & inside[None, :]
         x = _values(x_ptr, at, here)
         grad = _values(grad_ptr, at, here)
-        kind: tl.constexpr = x_ptr.dtype.element_ty
-        grad = _passed(grad, x, mean[None, :], factor[None, :], bias[None, :], below, above, kind)
+        grad = _passed(
+            grad, x, mean[None, :], factor[None, :], bias[None, :], limits, GATED, HARD, QMIN, QMAX, FUSED,
+            x_ptr.dtype.element_ty, grad_ptr.dtype.element_ty,
+        )  # fmt: skip
         out = (grad - shift[None, :] - (x - mean[None, :]) * slope[None, :]) * factor[None, :]
         tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=here)
 
@@ -462,34 +552,75 @@ def forward(
         )  # fmt: skip
 
 
+def gated_forward(
+    x: Tensor, out: Tensor, kept: Tensor, used: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor,
+    running_var: Tensor, batches: Tensor | None, momentum: float, eps: float, state: list[Tensor], scratch: list[Tensor],
+    learns: bool, hard: bool, constant: float | None, *grid: Any,
+) -> None:  # fmt: skip
+    """Launch: ``kept``, ``used`` and ``out``, which lies in memory as ``x`` does, of the norm and SiLU or Hardswish in quantized
+    steps.
+
+    The running statistics learn, and where the launch ``learns``, the three quantizers' state.
+    """
+    stream = stream_of(x)
+    if stream is None:
+        with torch.cuda.device(x.device):
+            rest = (momentum, eps, state, scratch, learns, hard, constant)
+            gated_forward(x, out, kept, used, weight, bias, running_mean, running_var, batches, *rest, *grid)
+        return
+    scale, zero_point, min_val, max_val = state[:4]
+    forward(
+        x, None, kept, weight, bias, running_mean, running_var, batches, momentum, eps, scale, zero_point, min_val, max_val,
+        scratch[0], learns, learns, None, None, constant, *grid,
+    )  # fmt: skip
+    first, second = kept if weight is None else weight, kept if bias is None else bias
+    flags = (weight is not None, hard, learns)
+    key = (x.shape, x.get_device(), x.data_ptr() & 15, x.dtype, first.dtype, second.dtype, flags, constant is None, grid)
+    writes = _PLANS.get(key) or _new(key, _Plan(x, *_GATED_WRITES, _WRITTEN))
+    writes.launch(
+        _norm_gated_forward, stream, (x, out, first, second, kept, used, scratch[1], scratch[2], *state[4:]),
+        (writes.rows, writes.chunk, writes.channels, float(constant or 0)),
+        (*flags, *grid, constant is None, not _interprets()),
+    )  # fmt: skip
+
+
 def _ends(x: Tensor, low: float | None, high: float | None) -> tuple[float, float]:
     """The bounds that x's dtype holds; 0 for none."""
     return float(plain.held(low, x.dtype) or 0), float(plain.held(high, x.dtype) or 0)
 
 
 def backward(
-    grad: Tensor, x: Tensor, out: Tensor | None, found: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor
-) -> None:
+    grad: Tensor, x: Tensor, out: Tensor | None, found: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor,
+    used: Tensor | None = None, hard: bool = False, quant_min: int = 0, quant_max: int = 0,
+) -> None:  # fmt: skip
     """Launch: ``found``, of the gradient that passes, for each channel, the sum and that of its product with the normalised x;
-    and where it is asked for ``out``, the gradient of x. ``grad``, ``x`` and ``out`` lie in memory alike."""
+    and where it is asked for ``out``, the gradient of x. ``grad``, ``x`` and ``out`` lie in memory alike. With what a
+    ``gated_forward`` ``used`` the gradient passes its gate."""
     stream = stream_of(x)
     if stream is None:
         with torch.cuda.device(x.device):
-            backward(grad, x, out, found, weight, bias, kept)
+            backward(grad, x, out, found, weight, bias, kept, used, hard, quant_min, quant_max)
         return
     first, second = kept if weight is None else weight, kept if bias is None else bias
-    affine = weight is not None
+    flags = (weight is not None, used is not None, hard, quant_min, quant_max)
     aligned = (x.data_ptr() & 15, grad.data_ptr() & 15)
-    key = (x.shape, x.get_device(), aligned, x.dtype, grad.dtype, first.dtype, second.dtype, affine)
-    sums, writes = _PLANS.get(key) or _new(key, (_Plan.of_sums(x, *_BACKWARD_SUMS), _Plan(x, *_WRITES, _WRITTEN)))
+    key = (x.shape, x.get_device(), aligned, x.dtype, grad.dtype, first.dtype, second.dtype, flags)
+    sums, writes = _PLANS.get(key) or _new(
+        key,
+        (
+            _Plan.of_sums(x, *(_BACKWARD_SUMS if used is None else _GATED_SUMS)),
+            _Plan(x, *(_WRITES if used is None else _GATED_WRITES), _WRITTEN),
+        ),
+    )
+    small = (first, second, kept, kept if used is None else used)
     channels = sums.channels
     part = torch.empty(2, sums.parts, channels, dtype=torch.float32, device=x.device)
     sums.launch(
-        _norm_sums, stream, (x, grad, part, found, first, second, kept), (sums.rows, sums.chunk, sums.parts, channels),
-        (affine, sums.added),
+        _norm_sums, stream, (x, grad, part, found, *small), (sums.rows, sums.chunk, sums.parts, channels),
+        (*flags, not _interprets(), sums.added),
     )  # fmt: skip
     if out is not None:
         writes.launch(
-            _norm_backward, stream, (x, grad, out, found, first, second, kept), (writes.rows, writes.chunk, channels),
-            (affine,),
+            _norm_backward, stream, (x, grad, out, found, *small), (writes.rows, writes.chunk, channels),
+            (*flags, not _interprets()),
         )  # fmt: skip

@@ -199,15 +199,17 @@ class HoldsAct(QATBase):
         if quantizes_input is not None:
             input = quantizes_input(input)
         bounds = bounds_of(act)
-        asks = bounds is not None and self.asks_kernels(input, quantizer)
+        gate = act if type(act) is SplitActivation and act.gate is not None else None
+        asks = (bounds is not None or gate is not None) and self.asks_kernels(input, quantizer)
         before = self.before_norm(input, *args, **kwargs) if asks else None
+        done: Tensor | None = None
         if before is not None and is_plain_norm(*before):
-            done: Tensor | None = quantizer.of_norm(*before, bounds)
+            done = quantizer.of_norm(*before, bounds) if gate is None else gate.of_norm(*before, quantizer)
             if done is not None:
                 return done
         out = self.preactivation(input, *args, **kwargs) if before is None else before[0](before[1])
-        if type(act) is SplitActivation and (fast := act.in_one_pass(out, quantizer)) is not None:
-            return fast
+        if gate is not None and (done := gate.in_one_pass(out, quantizer)) is not None:
+            return done
         return activated(act, bounds, quantizer, out)
 
     def compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:

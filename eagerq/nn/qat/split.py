@@ -14,9 +14,11 @@ from eagerq.quant.code_functions import hardsigmoid_sum
 from eagerq.quant.code_values import Coded
 from eagerq.quant.codes import CodeTensor
 from eagerq.quant.fake_quantize import FakeQuantize, is_recomputing
-from eagerq.quant.operators import fake_quantize_gated
-from eagerq.quant.plain_kernels import state_before
+from eagerq.quant.operators import batch_norm_gated, fake_quantize_gated
+from eagerq.quant.plain_kernels import State, has_channels_last, state_before
 from eagerq.quant.spec import QConfig
+
+_Three = tuple[FakeQuantize, FakeQuantize, FakeQuantize]
 
 #: f(x) = x g(x), as the engine multiplies; torch's class of f, f and g.
 _GATED: tuple[tuple[type[nn.Module], Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]], ...] = (
@@ -79,6 +81,28 @@ class SplitActivation(nn.Module):
 
     def in_one_pass(self, x: Tensor, quantizer: nn.Module | None) -> Tensor | None:
         """``quantizer(self(x))`` where a kernel serves a gate and its three quantizers; None where none does."""
+        quantizers = self._one_pass(x, quantizer)
+        if quantizers is None:
+            return None
+        states, scratch, learns = self._given(quantizers, x)
+        first, hard = quantizers[0], self.gate is F.hardsigmoid
+        return fake_quantize_gated(x, states, scratch if learns else [], hard, first.constant, first.spec.grid)
+
+    def of_norm(self, norm: nn.Module, x: Tensor, quantizer: nn.Module | None) -> Tensor | None:
+        """``quantizer(self(norm(x)))`` in the passes that the norm takes; None where its kernels do not serve.
+
+        Args:
+            norm: PyTorch's own batch norm, as ``is_plain_norm`` says; its statistics learn.
+        """
+        quantizers = self._one_pass(x, quantizer) if has_channels_last(x) else None
+        if quantizers is None:
+            return None
+        states, scratch, learns = self._given(quantizers, x)
+        first, hard = quantizers[0], self.gate is F.hardsigmoid
+        return batch_norm_gated(x, norm, states, scratch, learns, hard, first.constant, first.spec.grid)
+
+    def _one_pass(self, x: Tensor, quantizer: nn.Module | None) -> _Three | None:
+        """The quantizers of input, gate and product, if kernels may compute them together."""
         first, second, third = self.input_fake_quant, self.gate_fake_quant, quantizer
         if not (type(first) is FakeQuantize and type(second) is FakeQuantize and type(third) is FakeQuantize):
             return None
@@ -88,14 +112,19 @@ class SplitActivation(nn.Module):
             return None
         if (first.learns and not all(q.is_learned_by_kernels for q in three)) or any(map(is_hooked, (self, self.act, *three))):
             return None
-        states, scratch = (first.state, second.state, third.state), []
-        if first.learns and is_recomputing():
-            states = (state_before(first.scratch), state_before(second.scratch), state_before(third.scratch))
-        elif first.learns:
-            scratch = [q.scratch for q in three]
-            for q in three if x.numel() else ():
+        return three
+
+    @staticmethod
+    def _given(three: _Three, x: Tensor) -> tuple[tuple[State, State, State], list[Tensor], bool]:
+        """States, scratch memory, and whether the states learn."""
+        first, second, third = three
+        scratch, learns = [first.scratch, second.scratch, third.scratch], first.learns
+        if learns and is_recomputing():
+            return (state_before(scratch[0]), state_before(scratch[1]), state_before(scratch[2])), scratch, False
+        if learns and x.numel():
+            for q in three:
                 q.observed = True
-        return fake_quantize_gated(x, states, scratch, self.gate is F.hardsigmoid, first.constant, first.spec.grid)
+        return (first.state, second.state, third.state), scratch, learns
 
     def forward(self, x: Tensor, *move: Callable[[Tensor], Tensor]) -> Tensor:
         x = self.input_fake_quant(x, *move)  # a fixed quantizer moves what it quantizes
