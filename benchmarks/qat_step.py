@@ -1,8 +1,8 @@
 """What a training step costs under QAT, beside the float step: eagerq, torch.ao's eager mode, torchao's pt2e and Brevitas.
 
-All variants of one net, precision and mode stand in one process and take turns, the first of a round changing. A turn is a few
-steps, issued as training issues them: nothing waits for the device in between. A ratio of step times is the median over rounds
-of variant / float in the same round. A step is forward, cross entropy on float
+All variants of one net, precision and mode stand in one process of their own and take turns, the first of a round changing.
+A turn is a few steps, issued as training issues them: nothing waits for the device in between. A ratio of step times is the
+median over rounds of variant / float in the same round. A step is forward, cross entropy on float
 logits, backward, SGD with momentum, gradients dropped. Kernel time is the device time of all kernels and copies of a step, by
 torch.profiler; memory is the peak of one step with what the other variants hold taken off; the first step holds what
 torch.compile, Triton and lazy set-up cost, from empty caches. An unmeasured float step goes first, so that cuDNN's search is in
@@ -26,6 +26,7 @@ import gc
 import importlib
 import logging
 import math
+import multiprocessing
 import os
 import statistics
 import sys
@@ -33,6 +34,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -117,8 +119,8 @@ class Group:
         step = Step(built.module, self.x, self.y, self.precision == "bf16", mode, self.options.compile_mode)
         return step, built.note
 
-    def run(self, after_each: Callable[[], None]) -> None:
-        """Measure; ``after_each`` is called when a variant's own figures are there."""
+    def run(self) -> None:
+        """Measure."""
         with contextlib.suppress(Exception):  # then each variant says it in its row
             self.step_of("float", "eager")[0]()
         self.forget()
@@ -135,12 +137,12 @@ class Group:
             self.forget()
             state = row.error or f"first step {row.first_step_s:.1f} s"
             print(f"{self.model} {self.precision} {self.mode} {row.variant}: {state}", file=sys.stderr, flush=True)
-            after_each()
-        self.in_turns()
-        self.steps.clear()
-        if self.mode == "compiled":
-            torch._dynamo.reset()
-        self.forget()
+        turns = self.in_turns()
+        for name, step in self.steps.items():
+            self.profile(self.rows[name], step)
+        walls = {name: [turn.wall for turn in found] for name, found in turns.items()}
+        for name in turns if "float" in turns else ():
+            self.rows[name].compare(self.rows["float"], walls[name], walls["float"])
 
     def forget(self) -> None:
         """Free what nothing holds."""
@@ -149,7 +151,7 @@ class Group:
             torch.cuda.empty_cache()
 
     def alone(self, row: Row) -> None:
-        """Build a variant, take its first step, warm it, and read its memory and kernels."""
+        """Build a variant, take its first step, warm it, and read its memory."""
         device = self.x.device
         held = held_bytes(device) - self.batch_bytes
         start = time.perf_counter()
@@ -171,18 +173,24 @@ class Group:
         row.last_loss = float(loss)
         if not math.isfinite(row.last_loss):
             row.add_note(f"the loss is {row.last_loss}")
-        try:
-            if self.mode != "graphed":  # a graph keeps its memory to itself, where nobody counts it
+        if self.mode != "graphed":  # a graph keeps its memory to itself, where nobody counts it
+            try:
                 row.peak_bytes = peak_bytes(step, held)
-            found = kernels(step, self.options.profiled_steps)
-        except Exception as error:  # a profiler that does not work here leaves the times on the wall
-            row.add_note(f"not profiled: {in_one_line(error)}")
-        else:
-            if found is not None:
-                row.kernel_ms, row.launches, row.top_kernels = found.ms, found.launches, found.top
+            except Exception as error:  # a profiler that does not work here leaves the times on the wall
+                row.add_note(f"not profiled: {in_one_line(error)}")
         self.steps[row.variant] = step
 
-    def in_turns(self) -> None:
+    def profile(self, row: Row, step: Step) -> None:
+        """Read a variant's kernels, behind all that is timed: once torch.profiler has run, each launch takes the host longer."""
+        try:
+            found = kernels(step, self.options.profiled_steps)
+        except Exception as error:
+            row.add_note(f"not profiled: {in_one_line(error)}")
+            return
+        if found is not None:
+            row.kernel_ms, row.launches, row.top_kernels = found.ms, found.launches, found.top
+
+    def in_turns(self) -> dict[str, list[Turn]]:
         """Rounds in which each variant takes one turn."""
         turns: dict[str, list[Turn]] = {name: [] for name in self.steps}
         for i in range(-1, self.options.rounds):  # the round before the first is not measured
@@ -199,55 +207,67 @@ class Group:
                     continue
                 if i >= 0:
                     turns[name].append(turn)
-        walls = {name: [turn.wall for turn in found] for name, found in turns.items()}
         for name, found in turns.items():
             row = self.rows[name]
             if found:
                 row.rounds = len(found)
-                row.wall_ms = statistics.median(walls[name])
+                row.wall_ms = statistics.median(turn.wall for turn in found)
                 row.host_ms = statistics.median(turn.host for turn in found)
-            if "float" in turns:
-                row.compare(self.rows["float"], walls[name], walls["float"])
+        return turns
 
 
-def main() -> None:
-    """Print a table, write JSON and a plot."""
-    options = arguments()
-    begun = time.perf_counter()
+def ready(options: argparse.Namespace) -> None:
+    """Set PyTorch up."""
     warnings.filterwarnings("ignore")
     logging.getLogger("torch").setLevel(logging.ERROR)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its word of every start and stop
-    caches = tempfile.TemporaryDirectory(prefix="qat_step", ignore_cleanup_errors=True)
-    if not options.keep_caches:
-        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": f"{caches.name}/inductor", "TRITON_CACHE_DIR": f"{caches.name}/triton"}
     if options.device.type == "cpu":
         torch.set_num_threads(options.threads)
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     with contextlib.suppress(Exception):  # then its rows say why
         importlib.import_module("eagerq")
+
+
+def measured(options: argparse.Namespace, names: tuple[str, str, str], seconds: float | None) -> list[Row]:
+    """The rows of one net in one precision and mode."""
+    ready(options)
+    begun = time.perf_counter()
+    group = Group(options, *names, lambda: seconds is not None and time.perf_counter() - begun > seconds)
+    group.run()
+    return [*group.rows.values()]
+
+
+def main() -> None:
+    """Print a table, write JSON and a plot."""
+    options = arguments()
+    begun = time.perf_counter()
+    caches = tempfile.TemporaryDirectory(prefix="qat_step", ignore_cleanup_errors=True)
+    if not options.keep_caches:
+        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": f"{caches.name}/inductor", "TRITON_CACHE_DIR": f"{caches.name}/triton"}
+    ready(options)
     about, given = machine(options.device), {key: value for key, value in vars(options).items() if key not in ("json", "plot")}
     title = in_words(about, given)
     print(title, flush=True)
     rows: list[Row] = []
 
-    def late() -> bool:
-        return options.budget_seconds is not None and time.perf_counter() - begun > options.budget_seconds
-
-    def save() -> None:
-        if options.json:
-            write_json(options.json, about, given, rows)
+    def left() -> float | None:
+        return None if options.budget_seconds is None else options.budget_seconds - (time.perf_counter() - begun)
 
     groups = [(m, p, k) for m in options.models for p in options.precisions for k in options.modes]
     for i, names in enumerate(groups):
-        if late():
+        seconds = left()
+        if seconds is not None and seconds <= 0:
             print(f"budget of {options.budget_seconds:.0f} s spent; not run: {', '.join(' '.join(g) for g in groups[i:])}")
             break
-        group = Group(options, *names, late)
-        rows += group.rows.values()
-        group.run(save)
-        save()
-        del group
+        # a process of its own: what torch.profiler leaves behind is in no other's times
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            try:
+                rows += pool.submit(measured, options, names, seconds).result()
+            except Exception as error:
+                print(f"{' '.join(names)}: {in_one_line(error)}", flush=True)
+        if options.json:
+            write_json(options.json, about, given, rows)
         print(f"{' '.join(names)}: done after {time.perf_counter() - begun:.0f} s", flush=True)
     show(rows)
     if options.plot and not plot(options.plot, title, rows):

@@ -88,7 +88,7 @@ def gated(
     if kernels is None or x.dtype not in DTYPES:
         return plain.gated(x, state, scratch, hard, constant, *rest)
     x = plain.dense(x)
-    out, used = torch.empty_like(x), torch.empty(9, dtype=torch.float32, device=x.device)
+    out, used = torch.empty_like(x), plain.used_of(x)
     kernels.gated_forward(x, out, used, scratch, state, hard, constant, Grid(*rest))
     return out, used
 
@@ -155,7 +155,7 @@ def norm_gated(
     kernels = _of_norm(x)
     if kernels is None:
         return plain.norm_gated(x, weight, bias, *rest)
-    out, used, kept = torch.empty_like(x), torch.empty(9, dtype=torch.float32, device=x.device), plain.kept_of(x)
+    out, used, kept = torch.empty_like(x), plain.used_of(x), plain.kept_of(x)
     kernels.gated_forward(x, out, kept, used, weight, bias, *rest)
     return out, used, kept
 

@@ -28,6 +28,13 @@ WORDS = COUNTS + BLOCKS
 KEPT = 8 + BLOCKS
 
 
+#: Values that a gate's forward keeps: scale, zero point and whether a range was known, of three quantizers; then, where a kernel
+#: wrote them, tables by the first one's code.
+CODES = 256
+RESULTS, SLOPES, PRODUCTS = 16, 16 + CODES, 16 + 2 * CODES
+USED = 16 + 3 * CODES
+
+
 def state_before(scratch: Tensor) -> State:
     """The state that the last launch which learned found."""
     floats = scratch.view(torch.float32)
@@ -145,9 +152,8 @@ def gated(
 ) -> tuple[Tensor, Tensor]:
     grid, (of_x, of_gate, of_y) = Grid(*rest), _states(state)
     x = dense(x)
-    used = torch.stack(
-        [t.reshape(()).float() for s, z, low, high in _states(state) for t in (s, z, (low != 0) | (high != 0))]
-    )
+    numbers = [t.reshape(()).float() for s, z, low, high in _states(state) for t in (s, z, (low != 0) | (high != 0))]
+    used = torch.cat([torch.stack(numbers), x.new_zeros(USED - 9, dtype=torch.float32)])
     a, _ = _fake_quantized(x, of_x, grid)
     gate = _gate(a, hard)
     b, _ = _fake_quantized(gate, of_gate, grid)
@@ -162,7 +168,7 @@ def gated(
 def gated_gradient(grad: Tensor, x: Tensor, used: Tensor, hard: bool, quant_min: int, quant_max: int) -> Tensor:
     grid = Grid(quant_min, quant_max, 0, 0, False, False)
     x = dense(x)
-    of_x, of_gate, of_y = ((s, z.to(torch.int32), k, k) for s, z, k in used.reshape(3, 3))
+    of_x, of_gate, of_y = ((s, z.to(torch.int32), k, k) for s, z, k in used[:9].reshape(3, 3))
     a, passes = _fake_quantized(x, of_x, grid)
     gate = _gate(a, hard)
     b, gate_passes = _fake_quantized(gate, of_gate, grid)
@@ -171,6 +177,11 @@ def gated_gradient(grad: Tensor, x: Tensor, used: Tensor, hard: bool, quant_min:
     slope = torch.where((wide > -3) & (wide < 3), 1 / 6, 0.0) if hard else fine * (1 - fine)
     slope = b.float() + torch.where(gate_passes, wide * slope, 0.0)
     return torch.where(passes & y_passes, grad.float() * slope, 0.0).to(grad.dtype)
+
+
+def used_of(x: Tensor) -> Tensor:
+    """Memory of what a gate's forward keeps."""
+    return torch.empty(USED, dtype=torch.float32, device=x.device)
 
 
 def kept_of(x: Tensor) -> Tensor:

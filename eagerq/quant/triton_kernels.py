@@ -15,7 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from eagerq.quant import plain_kernels as plain
 from eagerq.quant.spec import Grid
+
+#: The tables of a gate in what its forward keeps: entries of each, and where they begin.
+CODES = tl.constexpr(plain.CODES)
+RESULTS = tl.constexpr(plain.RESULTS)
+SLOPES = tl.constexpr(plain.SLOPES)
+PRODUCTS = tl.constexpr(plain.PRODUCTS)
 
 #: Values of one program's step, a multiple of 8: eight neighbours share a byte of the mask.
 _BLOCK = 2048
@@ -317,17 +324,13 @@ def _through_gate(
 
 
 @triton.jit
-def _gated_gradient(
-    grad, x, by, g_by, y_by, HARD: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, FUSED: tl.constexpr,
-    KIND: tl.constexpr,
-):  # fmt: skip
-    a, fine, _gate, b, y, passes, gate_passes = _through_gate(x, by, g_by, HARD, QMIN, QMAX, FUSED, KIND)
-    _out, y_passes = _quantized(y, y_by, QMIN, QMAX, FUSED, KIND)
+def _slope(a, fine, b, gate_passes, HARD: tl.constexpr):
+    """The derivative of the product by its quantized input."""
     if HARD:
         slope = tl.where((a > -3.0) & (a < 3.0), 1.0 / 6.0, 0.0)
     else:
         slope = fine * (1.0 - fine)
-    return tl.where(passes & y_passes, grad * (b + tl.where(gate_passes, a * slope, 0.0)), 0.0)
+    return b + tl.where(gate_passes, a * slope, 0.0)
 
 
 @triton.jit
@@ -335,6 +338,113 @@ def _in_use(used_ptr):
     """Scale, its inverse, zero point and whether there is a range, of what a forward kept for its backward."""
     scale = tl.load(used_ptr)
     return scale, tl.math.div_rn(1.0, scale), tl.load(used_ptr + 1), tl.load(used_ptr + 2) != 0.0
+
+
+@triton.jit
+def _tabulate(
+    used_ptr, by, g_by, y_by, HARD: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, FUSED: tl.constexpr,
+    KIND: tl.constexpr,
+):  # fmt: skip
+    """Behind the first quantizer all is a function of a code: the tables of it. Each program writes the same and reads its own.
+
+    Of each code the result and the product before its quantizer, together in one word where they are of 16 bits, and the slope,
+    NaN where the last quantizer clips.
+    """
+    code = tl.arange(0, CODES)
+    a, fine, _gate, b, y, _passes, gate_passes = _through_gate(
+        (tl.minimum(code + QMIN, QMAX).to(tl.float32) - by[2]) * by[0], by, g_by, HARD, QMIN, QMAX, FUSED, KIND
+    )  # fmt: skip
+    out, y_passes = _quantized(y, y_by, QMIN, QMAX, FUSED, KIND)
+    if KIND.primitive_bitwidth == 16:
+        word = y.to(KIND).to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        word = word | out.to(KIND).to(tl.uint16, bitcast=True).to(tl.uint32)
+        tl.store((used_ptr + RESULTS).to(tl.pointer_type(tl.uint32)) + code, word)
+    else:
+        tl.store(used_ptr + RESULTS + code, out)
+        tl.store(used_ptr + PRODUCTS + code, y)
+    tl.store(used_ptr + SLOPES + code, tl.where(y_passes, _slope(a, fine, b, gate_passes, HARD), float("nan")))
+    tl.debug_barrier()
+
+
+@triton.jit
+def _entry(q, zero, QMIN: tl.constexpr):
+    """Where in a table a code less the zero point is; of NaN somewhere."""
+    return (q - (QMIN - zero) + 12582912.0).to(tl.int32, bitcast=True) & (CODES - 1)
+
+
+@triton.jit
+def _gated(
+    x, used_ptr, by, g_by, y_by, LOOKS_UP: tl.constexpr, HARD: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
+    FUSED: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """SiLU or Hardswish in quantized steps: result, product, and the gate or, of a table, the code that the gate rises with."""
+    if LOOKS_UP:
+        q, _inside = _code(x, by[0], by[1], QMIN - by[2], QMAX - by[2], FUSED)
+        at = _entry(q, by[2], QMIN)
+        if KIND.primitive_bitwidth == 16:
+            word = tl.load((used_ptr + RESULTS).to(tl.pointer_type(tl.uint32)) + at)
+            out = (word & 0xFFFF).to(tl.uint16).to(KIND, bitcast=True).to(tl.float32)
+            y = (word >> 16).to(tl.uint16).to(KIND, bitcast=True).to(tl.float32)
+        else:
+            out = tl.load(used_ptr + RESULTS + at)
+            y = tl.load(used_ptr + PRODUCTS + at)
+        return tl.where(q == q, out, q), tl.where(q == q, y, q), q
+    else:  # noqa: RET505  # Triton wants one type of what is returned, unless a constant leaves the other out
+        _a, _fine, gate, _b, y, _passes, _gate_passes = _through_gate(x, by, g_by, HARD, QMIN, QMAX, FUSED, KIND)
+        out, _y_passes = _quantized(y, y_by, QMIN, QMAX, FUSED, KIND)
+        return out, y, gate
+
+
+@triton.jit
+def _gate_of(q, by, LOOKS_UP: tl.constexpr, HARD: tl.constexpr, FUSED: tl.constexpr, KIND: tl.constexpr):
+    """The gate of what ``_gated`` gives."""
+    if LOOKS_UP:
+        return _gate((q * by[0]).to(KIND).to(tl.float32), HARD, FUSED).to(KIND).to(tl.float32)
+    else:  # noqa: RET505
+        return q
+
+
+@triton.jit
+def _gated_gradient(
+    grad, x, used_ptr, by, g_by, y_by, LOOKS_UP: tl.constexpr, HARD: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
+    FUSED: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    if LOOKS_UP:
+        q, inside = _code(x, by[0], by[1], QMIN - by[2], QMAX - by[2], FUSED)
+        slope = tl.load(used_ptr + SLOPES + _entry(q, by[2], QMIN))
+        return tl.where(inside & (slope == slope), grad * slope, 0.0)
+    else:  # noqa: RET505
+        a, fine, _gate, b, y, passes, gate_passes = _through_gate(x, by, g_by, HARD, QMIN, QMAX, FUSED, KIND)
+        _out, y_passes = _quantized(y, y_by, QMIN, QMAX, FUSED, KIND)
+        return tl.where(passes & y_passes, grad * _slope(a, fine, b, gate_passes, HARD), 0.0)
+
+
+@triton.jit
+def _gated_values(
+    x_ptr, out_ptr, used_ptr, program, n, by, g_by, y_by, LOOKS_UP: tl.constexpr, HARD: tl.constexpr, QMIN: tl.constexpr,
+    QMAX: tl.constexpr, EVEN: tl.constexpr, FUSED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program's part of ``_gated_forward``; the ends of what the three quantizers are given."""
+    programs = tl.num_programs(0)
+    lanes = tl.arange(0, BLOCK)
+    low = tl.full((BLOCK,), float("inf"), tl.float32)
+    high = tl.full((BLOCK,), float("-inf"), tl.float32)
+    g_low = low
+    g_high = high
+    y_low = low
+    y_high = high
+    kind: tl.constexpr = x_ptr.dtype.element_ty
+    start = program.to(tl.int64) * BLOCK
+    for _ in range(program, tl.cdiv(n, BLOCK), programs):
+        x = _load(x_ptr, lanes, start, n, EVEN)
+        out, y, gate = _gated(x, used_ptr, by, g_by, y_by, LOOKS_UP, HARD, QMIN, QMAX, FUSED, kind)
+        low, high = _seen(x, low, high)
+        g_low, g_high = _seen(gate, g_low, g_high)
+        y_low, y_high = _seen(y, y_low, y_high)
+        _store(out_ptr, lanes, start, n, out, EVEN)
+        start += programs.to(tl.int64) * BLOCK
+    g_low = _gate_of(g_low, by, LOOKS_UP, HARD, FUSED, kind)
+    return low, high, g_low, _gate_of(g_high, by, LOOKS_UP, HARD, FUSED, kind), y_low, y_high
 
 
 @triton.jit(do_not_specialize_on_alignment=["used_ptr", *_SMALL])
@@ -358,25 +468,16 @@ def _gated_forward(
         _used(used_ptr, scale, zero, known)
         _used(used_ptr + 3, g_scale, g_zero, g_known)
         _used(used_ptr + 6, y_scale, y_zero, y_known)
-    lanes = tl.arange(0, BLOCK)
-    low = tl.full((BLOCK,), float("inf"), tl.float32)
-    high = tl.full((BLOCK,), float("-inf"), tl.float32)
-    g_low = low
-    g_high = high
-    y_low = low
-    y_high = high
-    kind: tl.constexpr = x_ptr.dtype.element_ty
-    start = program.to(tl.int64) * BLOCK
-    for _ in range(program, tl.cdiv(n, BLOCK), programs):
-        x = _load(x_ptr, lanes, start, n, EVEN)
-        _a, _fine, gate, _b, y, _passes, _gate_passes = _through_gate(x, by, g_by, HARD, QMIN, QMAX, FUSED, kind)
-        if OBSERVE:
-            low, high = _seen(x, low, high)
-            g_low, g_high = _seen(gate, g_low, g_high)
-            y_low, y_high = _seen(y, y_low, y_high)
-        out, _inside = _quantized(y, y_by, QMIN, QMAX, FUSED, kind)
-        _store(out_ptr, lanes, start, n, out, EVEN)
-        start += programs.to(tl.int64) * BLOCK
+    looks_up = known & (QMAX - QMIN < CODES)
+    if looks_up:
+        _tabulate(used_ptr, by, g_by, y_by, HARD, QMIN, QMAX, FUSED, x_ptr.dtype.element_ty)
+        low, high, g_low, g_high, y_low, y_high = _gated_values(
+            x_ptr, out_ptr, used_ptr, program, n, by, g_by, y_by, True, HARD, QMIN, QMAX, EVEN, FUSED, BLOCK
+        )  # fmt: skip
+    else:
+        low, high, g_low, g_high, y_low, y_high = _gated_values(
+            x_ptr, out_ptr, used_ptr, program, n, by, g_by, y_by, False, HARD, QMIN, QMAX, EVEN, FUSED, BLOCK
+        )  # fmt: skip
     if OBSERVE:
         _give(scratch_ptr, low, high)
         _give(g_scratch_ptr, g_low, g_high)
@@ -398,24 +499,42 @@ def _gated_forward(
             )  # fmt: skip
 
 
+@triton.jit
+def _gated_gradients(
+    grad_ptr, x_ptr, out_ptr, used_ptr, program, n, by, g_by, y_by, LOOKS_UP: tl.constexpr, HARD: tl.constexpr,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, EVEN: tl.constexpr, FUSED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program's part of ``_gated_backward``."""
+    programs = tl.num_programs(0)
+    lanes = tl.arange(0, BLOCK)
+    start = program.to(tl.int64) * BLOCK
+    for _ in range(program, tl.cdiv(n, BLOCK), programs):
+        x = _load(x_ptr, lanes, start, n, EVEN)
+        grad = _load(grad_ptr, lanes, start, n, EVEN)
+        kind: tl.constexpr = x_ptr.dtype.element_ty
+        grad = _gated_gradient(grad, x, used_ptr, by, g_by, y_by, LOOKS_UP, HARD, QMIN, QMAX, FUSED, kind)
+        _store(out_ptr, lanes, start, n, grad, EVEN)
+        start += programs.to(tl.int64) * BLOCK
+
+
 @triton.jit(do_not_specialize_on_alignment=["used_ptr"])
 def _gated_backward(
     grad_ptr, x_ptr, out_ptr, used_ptr, n, HARD: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
     EVEN: tl.constexpr, FUSED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    programs = tl.num_programs(0)
     by = _in_use(used_ptr)
     g_by = _in_use(used_ptr + 3)
     y_by = _in_use(used_ptr + 6)
-    lanes = tl.arange(0, BLOCK)
-    start = program.to(tl.int64) * BLOCK
-    for _ in range(program, tl.cdiv(n, BLOCK), programs):
-        x = _load(x_ptr, lanes, start, n, EVEN)
-        grad = _load(grad_ptr, lanes, start, n, EVEN)
-        grad = _gated_gradient(grad, x, by, g_by, y_by, HARD, QMIN, QMAX, FUSED, x_ptr.dtype.element_ty)
-        _store(out_ptr, lanes, start, n, grad, EVEN)
-        start += programs.to(tl.int64) * BLOCK
+    looks_up = by[3] & (QMAX - QMIN < CODES)
+    if looks_up:
+        _gated_gradients(
+            grad_ptr, x_ptr, out_ptr, used_ptr, program, n, by, g_by, y_by, True, HARD, QMIN, QMAX, EVEN, FUSED, BLOCK
+        )  # fmt: skip
+    else:
+        _gated_gradients(
+            grad_ptr, x_ptr, out_ptr, used_ptr, program, n, by, g_by, y_by, False, HARD, QMIN, QMAX, EVEN, FUSED, BLOCK
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize_on_alignment=[f"{n}_ptr" for n in ("scale", "zero", "least", "greatest")])

@@ -20,18 +20,20 @@ from torch import Tensor
 
 from eagerq.quant import plain_kernels as plain
 from eagerq.quant.triton_kernels import (
+    CODES,
     _code,
+    _gate_of,
+    _gated,
     _gated_gradient,
     _give,
     _in_use,
     _interprets,
     _learn,
     _processors,
-    _quantized,
     _round,
     _seen,
     _state,
-    _through_gate,
+    _tabulate,
     _used,
     _value,
     address,
@@ -43,9 +45,9 @@ from eagerq.quant.triton_kernels import (
 _FORWARD_SUMS = (4096, 2, 4)
 _BACKWARD_SUMS = (2048, 3, 3)
 _WRITES = (4096, 8, 3)
-#: Where a gate is computed too, which takes registers.
-_GATED_SUMS = (2048, 3, 3)
-_GATED_WRITES = (2048, 8, 3)
+#: Where a gate is looked up: loads of a table are not to be on their way ahead.
+_GATED_SUMS = (2048, 8, 1)
+_GATED_WRITES = (2048, 8, 1)
 #: Most channels of a step of a pass that sums, unless there would be too many blocks of them, and of one that writes.
 _SUMMED = 32
 _WRITTEN = 64
@@ -300,6 +302,37 @@ def _norm_forward(
         tl.store(out_ptr + at, tl.where(known, q * scale, a).to(out_ptr.dtype.element_ty), mask=here)
 
 
+@triton.jit
+def _gated_rows(
+    x_ptr, out_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, by, g_by, y_by,
+    LOOKS_UP: tl.constexpr, HARD: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, FUSED: tl.constexpr,
+    STAGES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """A program's part of ``_norm_gated_forward``; the ends of what the quantizers of gate and product are given."""
+    first = part * chunk
+    end = tl.minimum(first + chunk, rows)
+    lanes = tl.arange(0, BR)
+    inside = column < channels
+    kind: tl.constexpr = x_ptr.dtype.element_ty
+    g_low = tl.full((BR, BC), float("inf"), tl.float32)
+    g_high = tl.full((BR, BC), float("-inf"), tl.float32)
+    y_low = g_low
+    y_high = g_high
+    for start in tl.range(first, end, BR, num_stages=STAGES):
+        row = start + lanes
+        # rows behind the last are as that one, for nobody to see; channels stay as they lie, to be read many at once
+        x = _values(x_ptr, _offsets(tl.minimum(row, end - 1), column, channels), inside[None, :])
+        x = _affine(x, mean[None, :], factor[None, :], bias[None, :], kind)
+        out, y, gate = _gated(x, used_ptr, by, g_by, y_by, LOOKS_UP, HARD, QMIN, QMAX, FUSED, kind)
+        g_low, g_high = _seen(gate, g_low, g_high)
+        y_low, y_high = _seen(y, y_low, y_high)
+        here = (row < end)[:, None] & inside[None, :]
+        tl.store(out_ptr + _offsets(row, column, channels), out.to(out_ptr.dtype.element_ty), mask=here)
+    g_low = tl.where(inside[None, :], _gate_of(g_low, by, LOOKS_UP, HARD, FUSED, kind), float("inf"))
+    g_high = tl.where(inside[None, :], _gate_of(g_high, by, LOOKS_UP, HARD, FUSED, kind), float("-inf"))
+    return g_low, g_high, tl.where(inside[None, :], y_low, float("inf")), tl.where(inside[None, :], y_high, float("-inf"))
+
+
 @triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_SMALL)
 def _norm_gated_forward(
     x_ptr, out_ptr, weight_ptr, bias_ptr, kept_ptr, used_ptr, g_scratch_ptr, y_scratch_ptr, g_scale_ptr, g_zero_ptr,
@@ -312,7 +345,6 @@ def _norm_gated_forward(
     """SiLU or Hardswish of the norm in quantized steps; the quantizers of gate and product learn."""
     program = tl.program_id(0)
     part, column = _place(program, channels, BC)
-    inside = column < channels
     by = _in_use(kept_ptr)
     g_scale, g_zero, g_least, g_greatest, g_known = _state(g_scale_ptr, g_zero_ptr, g_least_ptr, g_greatest_ptr)
     y_scale, y_zero, y_least, y_greatest, y_known = _state(y_scale_ptr, y_zero_ptr, y_least_ptr, y_greatest_ptr)
@@ -322,30 +354,19 @@ def _norm_gated_forward(
         _used(used_ptr, by[0], by[2], by[3])
         _used(used_ptr + 3, g_scale, g_zero, g_known)
         _used(used_ptr + 6, y_scale, y_zero, y_known)
+    inside = column < channels
     mean, _inverse, factor, bias = _statistics(kept_ptr, weight_ptr, bias_ptr, channels, column, inside, AFFINE)
-    first = part * chunk
-    end = tl.minimum(first + chunk, rows)
-    lanes = tl.arange(0, BR)
-    kind: tl.constexpr = x_ptr.dtype.element_ty
-    g_low = tl.full((BR, BC), float("inf"), tl.float32)
-    g_high = tl.full((BR, BC), float("-inf"), tl.float32)
-    y_low = g_low
-    y_high = g_high
-    for start in tl.range(first, end, BR, num_stages=STAGES):
-        row = start + lanes
-        at = _offsets(row, column, channels)
-        here = (row < end)[:, None] & inside[None, :]
-        x = _affine(_values(x_ptr, at, here), mean[None, :], factor[None, :], bias[None, :], kind)
-        _a, _fine, gate, _b, y, _passes, _gate_passes = _through_gate(x, by, g_by, HARD, QMIN, QMAX, FUSED, kind)
-        if OBSERVE:
-            new_low, new_high = _seen(gate, g_low, g_high)
-            g_low = tl.where(here, new_low, g_low)
-            g_high = tl.where(here, new_high, g_high)
-            new_low, new_high = _seen(y, y_low, y_high)
-            y_low = tl.where(here, new_low, y_low)
-            y_high = tl.where(here, new_high, y_high)
-        out, _inside = _quantized(y, y_by, QMIN, QMAX, FUSED, kind)
-        tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=here)
+    if by[3] & (QMAX - QMIN < CODES):
+        _tabulate(used_ptr, by, g_by, y_by, HARD, QMIN, QMAX, FUSED, x_ptr.dtype.element_ty)
+        g_low, g_high, y_low, y_high = _gated_rows(
+            x_ptr, out_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, by, g_by, y_by,
+            True, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
+        )  # fmt: skip
+    else:
+        g_low, g_high, y_low, y_high = _gated_rows(
+            x_ptr, out_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, by, g_by, y_by,
+            False, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
+        )  # fmt: skip
     if OBSERVE:
         _give(g_scratch_ptr, g_low, g_high)
         _give(y_scratch_ptr, y_low, y_high)
@@ -360,10 +381,15 @@ def _norm_gated_forward(
             )  # fmt: skip
 
 
+#: How a gradient reaches a norm: where neither clamp nor clip held the value, or through a gate, computed again or looked up.
+_CLAMP = tl.constexpr(0)
+_GATE = tl.constexpr(1)
+_TABLE = tl.constexpr(2)
+
+
 @triton.jit
 def _limits(kept_ptr, used_ptr, GATED: tl.constexpr):
-    """What decides where the gradient passes: what the quantizers before and in a gate and behind it compute with, or between
-    which values it does."""
+    """What decides where the gradient passes: what a gate's three quantizers compute with, or between which values it does."""
     if GATED:
         return _in_use(used_ptr), _in_use(used_ptr + 3), _in_use(used_ptr + 6)
     else:  # noqa: RET505  # Triton wants one type of what is returned, unless a constant leaves the other out
@@ -372,16 +398,47 @@ def _limits(kept_ptr, used_ptr, GATED: tl.constexpr):
 
 @triton.jit
 def _passed(
-    grad, x, mean, factor, bias, limits, GATED: tl.constexpr, HARD: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
-    FUSED: tl.constexpr, KIND: tl.constexpr, GRAD_KIND: tl.constexpr,
+    grad, x, mean, factor, bias, used_ptr, limits, WAY: tl.constexpr, HARD: tl.constexpr, QMIN: tl.constexpr,
+    QMAX: tl.constexpr, FUSED: tl.constexpr, KIND: tl.constexpr, GRAD_KIND: tl.constexpr,
 ):  # fmt: skip
-    """The norm's gradient: where neither clamp nor clip held the value, or through the gate, rounded as its own tensor is."""
-    y = _affine(x, mean, factor, bias, KIND)
-    if GATED:
-        grad = _gated_gradient(grad, y, limits[0], limits[1], limits[2], HARD, QMIN, QMAX, FUSED, KIND)
-        return grad.to(GRAD_KIND).to(tl.float32)
-    else:  # noqa: RET505
+    """The gradient that reaches the norm, rounded as its own tensor is."""
+    y = _affine(x, mean[None, :], factor[None, :], bias[None, :], KIND)
+    if WAY == _CLAMP:
         return tl.where((y > limits[0]) & (y < limits[1]), grad, 0.0)
+    else:  # noqa: RET505
+        looks_up: tl.constexpr = WAY == _TABLE
+        grad = _gated_gradient(
+            grad, y, used_ptr, limits[0], limits[1], limits[2], looks_up, HARD, QMIN, QMAX, FUSED, KIND
+        )  # fmt: skip
+        return grad.to(GRAD_KIND).to(tl.float32)
+
+
+@triton.jit
+def _sums_of_rows(
+    x_ptr, grad_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, limits,
+    WAY: tl.constexpr, HARD: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, FUSED: tl.constexpr,
+    STAGES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """A program's part of ``_norm_sums``."""
+    inside = column < channels
+    first = part * chunk
+    end = tl.minimum(first + chunk, rows)
+    lanes = tl.arange(0, BR)
+    total = tl.zeros((BR, BC), tl.float32)
+    products = tl.zeros((BR, BC), tl.float32)
+    for start in tl.range(first, end, BR, num_stages=STAGES):
+        row = start + lanes
+        at = _offsets(row, column, channels)
+        here = (row < end)[:, None] & inside[None, :]
+        x = _values(x_ptr, at, here)
+        grad = _values(grad_ptr, at, here)
+        grad = _passed(
+            grad, x, mean, factor, bias, used_ptr, limits, WAY, HARD, QMIN, QMAX, FUSED,
+            x_ptr.dtype.element_ty, grad_ptr.dtype.element_ty,
+        )  # fmt: skip
+        total += grad
+        products += grad * (x - mean[None, :])
+    return tl.sum(total, axis=0), tl.sum(products, axis=0)
 
 
 @triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_SMALL)
@@ -396,27 +453,26 @@ def _norm_sums(
     inside = column < channels
     limits = _limits(kept_ptr, used_ptr, GATED)
     mean, inverse, factor, bias = _statistics(kept_ptr, weight_ptr, bias_ptr, channels, column, inside, AFFINE)
-    first = part * chunk
-    end = tl.minimum(first + chunk, rows)
-    lanes = tl.arange(0, BR)
-    total = tl.zeros((BR, BC), tl.float32)
-    products = tl.zeros((BR, BC), tl.float32)
-    for start in tl.range(first, end, BR, num_stages=STAGES):
-        row = start + lanes
-        at = _offsets(row, column, channels)
-        here = (row < end)[:, None] & inside[None, :]
-        x = _values(x_ptr, at, here)
-        grad = _values(grad_ptr, at, here)
-        grad = _passed(
-            grad, x, mean[None, :], factor[None, :], bias[None, :], limits, GATED, HARD, QMIN, QMAX, FUSED,
-            x_ptr.dtype.element_ty, grad_ptr.dtype.element_ty,
+    if GATED:
+        if limits[0][3] & (QMAX - QMIN < CODES):
+            total, products = _sums_of_rows(
+                x_ptr, grad_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, limits,
+                _TABLE, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
+            )  # fmt: skip
+        else:
+            total, products = _sums_of_rows(
+                x_ptr, grad_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, limits,
+                _GATE, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
+            )  # fmt: skip
+    else:
+        total, products = _sums_of_rows(
+            x_ptr, grad_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, limits,
+            _CLAMP, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
         )  # fmt: skip
-        total += grad
-        products += grad * (x - mean[None, :])
     at = part_ptr + part.to(tl.int64) * channels + column
     step = parts.to(tl.int64) * channels
-    tl.store(at, tl.sum(total, axis=0), mask=inside)
-    tl.store(at + step, tl.sum(products, axis=0) * inverse, mask=inside)
+    tl.store(at, total, mask=inside)
+    tl.store(at + step, products * inverse, mask=inside)
     counts = (kept_ptr + 8).to(tl.pointer_type(tl.int32))
     if _is_last(counts + tl.program_id(0) % tl.cdiv(channels, BC), parts):
         rows_of_parts = tl.arange(0, BP)
@@ -432,6 +488,31 @@ def _norm_sums(
         tl.store(sums_ptr + channels + column, tl.sum(all_products, axis=0), mask=inside)
 
 
+@triton.jit
+def _gradient_of_rows(
+    x_ptr, grad_ptr, out_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, shift, slope, limits,
+    WAY: tl.constexpr, HARD: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, FUSED: tl.constexpr,
+    STAGES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """A program's part of ``_norm_backward``."""
+    inside = column < channels
+    first = part * chunk
+    end = tl.minimum(first + chunk, rows)
+    lanes = tl.arange(0, BR)
+    for start in tl.range(first, end, BR, num_stages=STAGES):
+        row = start + lanes
+        at = _offsets(row, column, channels)
+        here = (row < end)[:, None] & inside[None, :]
+        x = _values(x_ptr, at, here)
+        grad = _values(grad_ptr, at, here)
+        grad = _passed(
+            grad, x, mean, factor, bias, used_ptr, limits, WAY, HARD, QMIN, QMAX, FUSED,
+            x_ptr.dtype.element_ty, grad_ptr.dtype.element_ty,
+        )  # fmt: skip
+        out = (grad - shift[None, :] - (x - mean[None, :]) * slope[None, :]) * factor[None, :]
+        tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=here)
+
+
 @triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_SMALL)
 def _norm_backward(
     x_ptr, grad_ptr, out_ptr, sums_ptr, weight_ptr, bias_ptr, kept_ptr, used_ptr, rows, chunk, channels,
@@ -445,21 +526,22 @@ def _norm_backward(
     n = rows.to(tl.float32)
     shift = _values(sums_ptr, column, inside) / n
     slope = _values(sums_ptr + channels, column, inside) / n * inverse
-    first = part * chunk
-    end = tl.minimum(first + chunk, rows)
-    lanes = tl.arange(0, BR)
-    for start in tl.range(first, end, BR, num_stages=STAGES):
-        row = start + lanes
-        at = _offsets(row, column, channels)
-        here = (row < end)[:, None] & inside[None, :]
-        x = _values(x_ptr, at, here)
-        grad = _values(grad_ptr, at, here)
-        grad = _passed(
-            grad, x, mean[None, :], factor[None, :], bias[None, :], limits, GATED, HARD, QMIN, QMAX, FUSED,
-            x_ptr.dtype.element_ty, grad_ptr.dtype.element_ty,
+    if GATED:
+        if limits[0][3] & (QMAX - QMIN < CODES):
+            _gradient_of_rows(
+                x_ptr, grad_ptr, out_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, shift, slope, limits,
+                _TABLE, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
+            )  # fmt: skip
+        else:
+            _gradient_of_rows(
+                x_ptr, grad_ptr, out_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, shift, slope, limits,
+                _GATE, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
+            )  # fmt: skip
+    else:
+        _gradient_of_rows(
+            x_ptr, grad_ptr, out_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, shift, slope, limits,
+            _CLAMP, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
         )  # fmt: skip
-        out = (grad - shift[None, :] - (x - mean[None, :]) * slope[None, :]) * factor[None, :]
-        tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=here)
 
 
 # --- launches
