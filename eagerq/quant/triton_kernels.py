@@ -377,22 +377,27 @@ def _gated(
     x, used_ptr, by, g_by, y_by, LOOKS_UP: tl.constexpr, HARD: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
     FUSED: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """SiLU or Hardswish in quantized steps: result, product, and the gate or, of a table, the code that the gate rises with."""
+    """SiLU or Hardswish in quantized steps: result as it is stored, product, and the gate or, of a table, the code that it rises
+    with."""
     if LOOKS_UP:
         q, _inside = _code(x, by[0], by[1], QMIN - by[2], QMAX - by[2], FUSED)
         at = _entry(q, by[2], QMIN)
         if KIND.primitive_bitwidth == 16:
             word = tl.load((used_ptr + RESULTS).to(tl.pointer_type(tl.uint32)) + at)
-            out = (word & 0xFFFF).to(tl.uint16).to(KIND, bitcast=True).to(tl.float32)
-            y = (word >> 16).to(tl.uint16).to(KIND, bitcast=True).to(tl.float32)
-        else:
+            word = tl.where(q == q, word, 0x7FFF7FFF)  # NaN twice
+            return (
+                (word & 0xFFFF).to(tl.uint16).to(KIND, bitcast=True),
+                (word >> 16).to(tl.uint16).to(KIND, bitcast=True).to(tl.float32),
+                q,
+            )
+        else:  # noqa: RET505  # Triton wants one type of what is returned, unless a constant leaves the other out
             out = tl.load(used_ptr + RESULTS + at)
             y = tl.load(used_ptr + PRODUCTS + at)
-        return tl.where(q == q, out, q), tl.where(q == q, y, q), q
-    else:  # noqa: RET505  # Triton wants one type of what is returned, unless a constant leaves the other out
+            return tl.where(q == q, out, q), tl.where(q == q, y, q), q
+    else:
         _a, _fine, gate, _b, y, _passes, _gate_passes = _through_gate(x, by, g_by, HARD, QMIN, QMAX, FUSED, KIND)
         out, _y_passes = _quantized(y, y_by, QMIN, QMAX, FUSED, KIND)
-        return out, y, gate
+        return out.to(KIND), y, gate
 
 
 @triton.jit

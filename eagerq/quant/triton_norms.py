@@ -3,7 +3,8 @@
 Forward: a pass over x finds each channel's mean, squares about it, least and greatest value, and makes of them the statistics
 and, since a norm is monotone in each channel, the ends of its output, from which the quantizer learns; a second pass writes the
 result. Backward: a pass sums the gradient, a second pass writes the gradient of x. Both backward passes find again from x where
-the gradient passes, so nothing but x is kept.
+the gradient passes, so nothing but x is kept. A SiLU or Hardswish behind the norm is computed in the second pass and, of the
+gradient, in the first, which then hands on what has passed.
 
 Values lie as rows of channels. Programs that share channels sum a part of the rows each; the last of them adds the parts up.
 """
@@ -46,7 +47,7 @@ _FORWARD_SUMS = (4096, 2, 4)
 _BACKWARD_SUMS = (2048, 3, 3)
 _WRITES = (4096, 8, 3)
 #: Where a gate is looked up: loads of a table are not to be on their way ahead.
-_GATED_SUMS = (2048, 8, 1)
+_GATED_SUMS = (2048, 4, 1)
 _GATED_WRITES = (2048, 8, 1)
 #: Most channels of a step of a pass that sums, unless there would be too many blocks of them, and of one that writes.
 _SUMMED = 32
@@ -397,6 +398,12 @@ def _limits(kept_ptr, used_ptr, GATED: tl.constexpr):
 
 
 @triton.jit
+def _between(grad, y, below, above):
+    """The gradient where neither clamp nor clip held the value."""
+    return tl.where((y > below) & (y < above), grad, 0.0)
+
+
+@triton.jit
 def _passed(
     grad, x, mean, factor, bias, used_ptr, limits, WAY: tl.constexpr, HARD: tl.constexpr, QMIN: tl.constexpr,
     QMAX: tl.constexpr, FUSED: tl.constexpr, KIND: tl.constexpr, GRAD_KIND: tl.constexpr,
@@ -404,7 +411,7 @@ def _passed(
     """The gradient that reaches the norm, rounded as its own tensor is."""
     y = _affine(x, mean[None, :], factor[None, :], bias[None, :], KIND)
     if WAY == _CLAMP:
-        return tl.where((y > limits[0]) & (y < limits[1]), grad, 0.0)
+        return _between(grad, y, limits[0], limits[1])
     else:  # noqa: RET505
         looks_up: tl.constexpr = WAY == _TABLE
         grad = _gated_gradient(
@@ -415,7 +422,7 @@ def _passed(
 
 @triton.jit
 def _sums_of_rows(
-    x_ptr, grad_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, limits,
+    x_ptr, grad_ptr, out_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, limits,
     WAY: tl.constexpr, HARD: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, FUSED: tl.constexpr,
     STAGES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -436,6 +443,8 @@ def _sums_of_rows(
             grad, x, mean, factor, bias, used_ptr, limits, WAY, HARD, QMIN, QMAX, FUSED,
             x_ptr.dtype.element_ty, grad_ptr.dtype.element_ty,
         )  # fmt: skip
+        if WAY != _CLAMP:
+            tl.store(out_ptr + at, grad.to(out_ptr.dtype.element_ty), mask=here)
         total += grad
         products += grad * (x - mean[None, :])
     return tl.sum(total, axis=0), tl.sum(products, axis=0)
@@ -443,12 +452,12 @@ def _sums_of_rows(
 
 @triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_SMALL)
 def _norm_sums(
-    x_ptr, grad_ptr, part_ptr, sums_ptr, weight_ptr, bias_ptr, kept_ptr, used_ptr, rows, chunk, parts, channels,
+    x_ptr, grad_ptr, out_ptr, part_ptr, sums_ptr, weight_ptr, bias_ptr, kept_ptr, used_ptr, rows, chunk, parts, channels,
     AFFINE: tl.constexpr, GATED: tl.constexpr, HARD: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, FUSED: tl.constexpr,
     BP: tl.constexpr, STAGES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Of a part of the rows, for each channel: the sum of the gradient, and of its product with the normalised x; then of all
-    parts."""
+    parts. What passes a gate is written down, since to find it again takes longer than to read it."""
     part, column = _place(tl.program_id(0), channels, BC)
     inside = column < channels
     limits = _limits(kept_ptr, used_ptr, GATED)
@@ -456,17 +465,17 @@ def _norm_sums(
     if GATED:
         if limits[0][3] & (QMAX - QMIN < CODES):
             total, products = _sums_of_rows(
-                x_ptr, grad_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, limits,
+                x_ptr, grad_ptr, out_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, limits,
                 _TABLE, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
             )  # fmt: skip
         else:
             total, products = _sums_of_rows(
-                x_ptr, grad_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, limits,
+                x_ptr, grad_ptr, out_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, limits,
                 _GATE, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
             )  # fmt: skip
     else:
         total, products = _sums_of_rows(
-            x_ptr, grad_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, limits,
+            x_ptr, grad_ptr, out_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, limits,
             _CLAMP, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
         )  # fmt: skip
     at = part_ptr + part.to(tl.int64) * channels + column
@@ -488,14 +497,20 @@ def _norm_sums(
         tl.store(sums_ptr + channels + column, tl.sum(all_products, axis=0), mask=inside)
 
 
-@triton.jit
-def _gradient_of_rows(
-    x_ptr, grad_ptr, out_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, shift, slope, limits,
-    WAY: tl.constexpr, HARD: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, FUSED: tl.constexpr,
-    STAGES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+@triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_SMALL)
+def _norm_backward(
+    x_ptr, grad_ptr, out_ptr, sums_ptr, weight_ptr, bias_ptr, kept_ptr, rows, chunk, channels,
+    AFFINE: tl.constexpr, GATED: tl.constexpr, STAGES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """A program's part of ``_norm_backward``."""
+    """The gradient of x; of one that has passed a gate already, over it."""
+    part, column = _place(tl.program_id(0), channels, BC)
     inside = column < channels
+    below = tl.load(kept_ptr + 6)
+    above = tl.load(kept_ptr + 7)
+    mean, inverse, factor, bias = _statistics(kept_ptr, weight_ptr, bias_ptr, channels, column, inside, AFFINE)
+    n = rows.to(tl.float32)
+    shift = _values(sums_ptr, column, inside) / n
+    slope = _values(sums_ptr + channels, column, inside) / n * inverse
     first = part * chunk
     end = tl.minimum(first + chunk, rows)
     lanes = tl.arange(0, BR)
@@ -505,43 +520,11 @@ def _gradient_of_rows(
         here = (row < end)[:, None] & inside[None, :]
         x = _values(x_ptr, at, here)
         grad = _values(grad_ptr, at, here)
-        grad = _passed(
-            grad, x, mean, factor, bias, used_ptr, limits, WAY, HARD, QMIN, QMAX, FUSED,
-            x_ptr.dtype.element_ty, grad_ptr.dtype.element_ty,
-        )  # fmt: skip
+        if not GATED:
+            y = _affine(x, mean[None, :], factor[None, :], bias[None, :], x_ptr.dtype.element_ty)
+            grad = _between(grad, y, below, above)
         out = (grad - shift[None, :] - (x - mean[None, :]) * slope[None, :]) * factor[None, :]
         tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=here)
-
-
-@triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_SMALL)
-def _norm_backward(
-    x_ptr, grad_ptr, out_ptr, sums_ptr, weight_ptr, bias_ptr, kept_ptr, used_ptr, rows, chunk, channels,
-    AFFINE: tl.constexpr, GATED: tl.constexpr, HARD: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, FUSED: tl.constexpr,
-    STAGES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    part, column = _place(tl.program_id(0), channels, BC)
-    inside = column < channels
-    limits = _limits(kept_ptr, used_ptr, GATED)
-    mean, inverse, factor, bias = _statistics(kept_ptr, weight_ptr, bias_ptr, channels, column, inside, AFFINE)
-    n = rows.to(tl.float32)
-    shift = _values(sums_ptr, column, inside) / n
-    slope = _values(sums_ptr + channels, column, inside) / n * inverse
-    if GATED:
-        if limits[0][3] & (QMAX - QMIN < CODES):
-            _gradient_of_rows(
-                x_ptr, grad_ptr, out_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, shift, slope, limits,
-                _TABLE, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
-            )  # fmt: skip
-        else:
-            _gradient_of_rows(
-                x_ptr, grad_ptr, out_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, shift, slope, limits,
-                _GATE, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
-            )  # fmt: skip
-    else:
-        _gradient_of_rows(
-            x_ptr, grad_ptr, out_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, shift, slope, limits,
-            _CLAMP, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
-        )  # fmt: skip
 
 
 # --- launches
@@ -691,18 +674,18 @@ def backward(
         key,
         (
             _Plan.of_sums(x, *(_BACKWARD_SUMS if used is None else _GATED_SUMS)),
-            _Plan(x, *(_WRITES if used is None else _GATED_WRITES), _WRITTEN),
+            _Plan(x, *_WRITES, _WRITTEN),
         ),
     )
-    small = (first, second, kept, kept if used is None else used)
     channels = sums.channels
     part = torch.empty(2, sums.parts, channels, dtype=torch.float32, device=x.device)
+    passed, more = grad if out is None else out, kept if used is None else used
     sums.launch(
-        _norm_sums, stream, (x, grad, part, found, *small), (sums.rows, sums.chunk, sums.parts, channels),
-        (*flags, not _interprets(), sums.added),
+        _norm_sums, stream, (x, grad, passed, part, found, first, second, kept, more),
+        (sums.rows, sums.chunk, sums.parts, channels), (*flags, not _interprets(), sums.added),
     )  # fmt: skip
     if out is not None:
         writes.launch(
-            _norm_backward, stream, (x, grad, out, found, *small), (writes.rows, writes.chunk, channels),
-            (*flags, not _interprets()),
+            _norm_backward, stream, (x, grad if used is None else passed, out, found, first, second, kept),
+            (writes.rows, writes.chunk, channels), flags[:2],
         )  # fmt: skip
