@@ -144,7 +144,8 @@ class _FakeQuantizeOnCpu(torch.autograd.Function):
             below, above = _first_clipped(scale, zero_point, quant_min, quant_max)
             low, high = bounds
             ctx.ends = below if low is None else max(below, low), above if high is None else min(above, high)
-        q = torch.round_((x if bounds == (None, None) else x.clamp(*bounds)).div(scale))
+        # written over itself: on CPUs new memory takes longer than arithmetic
+        q = torch.round_(x.div(scale) if bounds == (None, None) else x.clamp(*bounds).div_(scale))
         if zero_point is None:
             return q.clamp_(quant_min, quant_max).mul_(scale)
         return q.add_(zero_point).clamp_(quant_min, quant_max).sub_(zero_point).mul_(scale)
@@ -183,7 +184,8 @@ class _FakeQuantize(torch.autograd.Function):
             q.clamp_(quant_min, quant_max)
         if zero_point is not None:
             q.sub_(zero_point)
-        out = _fresh(q * scale, x.dtype)
+        # over itself, since on CPUs new memory takes longer than arithmetic
+        out = _fresh(q * scale if torch.compiler.is_compiling() else q.mul_(scale), x.dtype)
         return out if known is None else torch.where(known, out, x)
 
     @staticmethod
