@@ -98,6 +98,12 @@ def in_one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
 
 
+def variants_of(options: argparse.Namespace, mode: str) -> list[str]:
+    """What is compared in a mode."""
+    names: list[str] = options.compiled_variants if mode == "compiled" else options.variants
+    return names
+
+
 class Group:
     """One net in one precision and mode: each variant alone, then all in turns."""
 
@@ -110,8 +116,7 @@ class Group:
         self.y = torch.randint(0, 1000, (options.batch,), device=options.device)
         self.batch_bytes = sum(t.numel() * t.element_size() for t in (self.x, self.y))
         self.steps: dict[str, Step] = {}
-        names = options.compiled_variants if mode == "compiled" else options.variants
-        self.rows = {name: Row(model, precision, mode, name, error="not begun") for name in names}
+        self.rows = {name: Row(model, precision, mode, name, error="not begun") for name in variants_of(options, mode)}
 
     def step_of(self, variant: str, mode: str) -> tuple[Step, str]:
         """A variant ready to take its first step, and its note."""
@@ -173,18 +178,17 @@ class Group:
         row.last_loss = float(loss)
         if not math.isfinite(row.last_loss):
             row.add_note(f"the loss is {row.last_loss}")
-        if self.mode != "graphed":  # a graph keeps its memory to itself, where nobody counts it
-            try:
-                row.peak_bytes = peak_bytes(step, held)
-            except Exception as error:  # a profiler that does not work here leaves the times on the wall
-                row.add_note(f"not profiled: {in_one_line(error)}")
+        if device.type == "cuda" and self.mode != "graphed":  # a graph keeps its memory to itself, where nobody counts it
+            row.peak_bytes = peak_bytes(step, held)
         self.steps[row.variant] = step
 
     def profile(self, row: Row, step: Step) -> None:
-        """Read a variant's kernels, behind all that is timed: once torch.profiler has run, each launch takes the host longer."""
+        """Read a variant's kernels, and on a CPU its memory, behind all that is timed: torch.profiler may leave costs behind."""
         try:
             found = kernels(step, self.options.profiled_steps)
-        except Exception as error:
+            if row.peak_bytes is None and self.mode != "graphed":
+                row.peak_bytes = peak_bytes(step, 0)
+        except Exception as error:  # a profiler that does not work here leaves the times on the wall
             row.add_note(f"not profiled: {in_one_line(error)}")
             return
         if found is not None:
@@ -231,10 +235,14 @@ def ready(options: argparse.Namespace) -> None:
 
 def measured(options: argparse.Namespace, names: tuple[str, str, str], seconds: float | None) -> list[Row]:
     """The rows of one net in one precision and mode."""
+    caches = tempfile.TemporaryDirectory(prefix="qat_step", ignore_cleanup_errors=True)
+    if not options.keep_caches:
+        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": f"{caches.name}/inductor", "TRITON_CACHE_DIR": f"{caches.name}/triton"}
     ready(options)
     begun = time.perf_counter()
     group = Group(options, *names, lambda: seconds is not None and time.perf_counter() - begun > seconds)
     group.run()
+    caches.cleanup()
     return [*group.rows.values()]
 
 
@@ -242,9 +250,6 @@ def main() -> None:
     """Print a table, write JSON and a plot."""
     options = arguments()
     begun = time.perf_counter()
-    caches = tempfile.TemporaryDirectory(prefix="qat_step", ignore_cleanup_errors=True)
-    if not options.keep_caches:
-        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": f"{caches.name}/inductor", "TRITON_CACHE_DIR": f"{caches.name}/triton"}
     ready(options)
     about, given = machine(options.device), {key: value for key, value in vars(options).items() if key not in ("json", "plot")}
     title = in_words(about, given)
@@ -264,15 +269,14 @@ def main() -> None:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             try:
                 rows += pool.submit(measured, options, names, seconds).result()
-            except Exception as error:
-                print(f"{' '.join(names)}: {in_one_line(error)}", flush=True)
+            except Exception as error:  # the process died
+                rows += [Row(*names, variant, error=in_one_line(error)) for variant in variants_of(options, names[2])]
         if options.json:
             write_json(options.json, about, given, rows)
         print(f"{' '.join(names)}: done after {time.perf_counter() - begun:.0f} s", flush=True)
     show(rows)
     if options.plot and not plot(options.plot, title, rows):
         print("no plot: matplotlib is not installed")
-    caches.cleanup()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from eagerq.quant import triton_kernels, triton_norms  # noqa: E402
 
 #: What a launch may leave out, here all or nothing; a range that is symmetric, or not.
 FLAGS = (
-    "HAS_LOW", "HAS_HIGH", "OBSERVE", "LEARN", "MASK", "HARD", "GATED", "AFFINE", "TRACKS", "SYMMETRIC", "POWER_OF_TWO",
+    "HAS_LOW", "HAS_HIGH", "OBSERVE", "LEARN", "MASK", "GATED", "AFFINE", "TRACKS", "SYMMETRIC", "POWER_OF_TWO",
     "MIN_MAX", "EVEN",
 )  # fmt: skip
 SIZES = {
@@ -54,11 +54,13 @@ def test_there_are_kernels() -> None:
     assert {"_activation_forward", "_weight_forward", "_norm_statistics", "_norm_backward"} <= launched().keys()
 
 
-@pytest.mark.parametrize(("kind", "capability", "flag"), [("fp32", 80, True), ("bf16", 90, False), ("fp16", 90, True)])
+@pytest.mark.parametrize(
+    ("kind", "capability", "flag", "hard"), [("fp32", 80, True, False), ("bf16", 90, False, True), ("fp16", 90, True, True)]
+)
 @pytest.mark.parametrize("name", launched())
-def test_a_kernel_compiles(name: str, kind: str, capability: int, flag: bool) -> None:
+def test_a_kernel_compiles(name: str, kind: str, capability: int, flag: bool, hard: bool) -> None:
     kernel = launched()[name]
-    given = {**SIZES, **dict.fromkeys(FLAGS, flag)}
+    given = {**SIZES, **dict.fromkeys(FLAGS, flag), "HARD": hard}
     signature = {p.name: "constexpr" if p.is_constexpr else typed(p.name, kind) for p in kernel.params}
     constants = {(i,): given[p.name] for i, p in enumerate(kernel.params) if p.is_constexpr}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)

@@ -149,9 +149,7 @@ def norm_gradient(
     return out, found
 
 
-def norm_gated(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def norm_gated(x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     kernels = _of_norm(x)
     if kernels is None:
         return plain.norm_gated(x, weight, bias, *rest)

@@ -184,7 +184,7 @@ class _FakeQuantize(torch.autograd.Function):
             q.clamp_(quant_min, quant_max)
         if zero_point is not None:
             q.sub_(zero_point)
-        # over itself, since on CPUs new memory takes longer than arithmetic
+        # over itself: on CPUs new memory takes longer than arithmetic
         out = _fresh(q * scale if torch.compiler.is_compiling() else q.mul_(scale), x.dtype)
         return out if known is None else torch.where(known, out, x)
 

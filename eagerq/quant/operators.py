@@ -7,14 +7,14 @@ r"""Fake quantization as ``torch.library`` operators that do in one pass what th
   memory, that says where the gradient passes: where neither clamp nor clip held the value.
 - ``eagerq::masked_gradient``: its backward, which needs no saved activation.
 - ``eagerq::fake_quantize_gated``: SiLU or Hardswish as engines compute it, :math:`Q_y(Q_x(x)\, Q_g(g(Q_x(x))))`, with its three
-  quantizers; its backward ``eagerq::gated_gradient`` computes them again from :math:`x`, which the float form keeps too.
+  quantizers; its backward ``eagerq::gated_gradient`` finds them again from :math:`x`, which the float form keeps too.
 - ``eagerq::batch_norm_activation``: a batch norm in training before all that, in the passes that it takes itself: statistics and
   the ends of each channel of x, then :math:`\hat a` of :math:`a = \mathrm{clamp}((x - \mu)\,\gamma/\sigma + \beta, low, high)`.
   A norm is monotone in each channel, after every rounding too, so the ends of its output are images of those of x. Its backward
   finds :math:`a` again from x, which a norm keeps anyway, and needs no mask. Compilers see ``eagerq::batch_norm_statistics`` and
   ``eagerq::batch_norm_sums``, the first pass of either way, and PyTorch's own functions, to be fused with what surrounds them.
 - ``eagerq::batch_norm_gated``: a batch norm in training before SiLU or Hardswish in quantized steps, in as many passes; its
-  backward ``eagerq::batch_norm_gated_gradient`` computes all of it again from x.
+  backward ``eagerq::batch_norm_gated_gradient`` finds all of it again from x.
 - ``eagerq::fake_quantize_weight``: range, scale and fake quantization of a weight by its own range, a scale for each of its
   outermost channels, in the dtype asked for. It never clips, so the gradient passes whole.
 
@@ -364,7 +364,7 @@ class _NormGated(torch.autograd.Function):
         ctx.mark_non_differentiable(used, kept)
         ctx.set_materialize_grads(False)
         hard, _, quant_min, quant_max, *_ = rest[8:]
-        ctx.arguments = hard, quant_min, quant_max
+        ctx.arguments, ctx.eps = (hard, quant_min, quant_max), rest[4]
         return out, used, kept
 
     @staticmethod
@@ -372,8 +372,11 @@ class _NormGated(torch.autograd.Function):
         if grad is None:
             return None, None, None, None
         saved = ctx.saved_tensors
-        plainly = not torch.is_grad_enabled() and fast.is_plain(grad)
-        gradient: Any = fast.norm_gated_gradient if plainly else _norm_gated_gradient
+        if torch.is_grad_enabled():  # the norm's derivatives are of any order; of the gate's gradient PyTorch says it has none
+            x, weight, bias, _, used = saved
+            y = _norm_of(ctx, x, weight, bias)
+            return *_through_norm(ctx, y, (x, weight, bias), _gated_gradient(grad, y, used, *ctx.arguments)), None
+        gradient: Any = fast.norm_gated_gradient if fast.is_plain(grad) else _norm_gated_gradient
         out, found = gradient(grad, *saved, *ctx.arguments)
         return out, *_parameters_gradient(ctx, found, *saved[1:3]), None
 
@@ -392,10 +395,18 @@ def _norms_own_gradient(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     x, weight, bias, kept = ctx.saved_tensors
     with torch.no_grad():
         _, passes = plain.norm_applied(plain.dense(x), weight, bias, kept, *ctx.arguments)
-    y = torch.nn.functional.batch_norm(x, None, None, weight, bias, True, 0.0, ctx.eps)
+    return _through_norm(ctx, _norm_of(ctx, x, weight, bias), (x, weight, bias), torch.where(passes, grad, 0.0))
+
+
+def _norm_of(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.batch_norm(x, None, None, weight, bias, True, 0.0, ctx.eps)
+
+
+def _through_norm(ctx: Any, y: Tensor, of: tuple[Any, ...], passed: Tensor) -> list[Tensor | None]:
+    """The gradients wanted of x, weight and bias by that of y, with a graph of their own."""
     needs = ctx.needs_input_grad[:3]
-    wanted = [t for t, needed in zip((x, weight, bias), needs, strict=True) if needed]
-    found = iter(torch.autograd.grad(y, wanted, torch.where(passes, grad, 0.0), create_graph=True))
+    wanted = [t for t, needed in zip(of, needs, strict=True) if needed]
+    found = iter(torch.autograd.grad(y, wanted, passed, create_graph=True))
     return [next(found) if needed else None for needed in needs]
 
 

@@ -28,9 +28,11 @@ WORDS = COUNTS + BLOCKS
 KEPT = 8 + BLOCKS
 
 
-#: Values that a gate's forward keeps: scale, zero point and whether a range was known, of three quantizers; then, where a kernel
-#: wrote them, tables by the first one's code.
+#: Codes of a table.
 CODES = 256
+#: What a gate's forward keeps: scale, zero point and whether a range was known, of three quantizers; at ``TABULATED`` whether
+#: tables by the first one's code follow, and where each begins.
+TABULATED = 9
 RESULTS, SLOPES, PRODUCTS = 16, 16 + CODES, 16 + 2 * CODES
 USED = 16 + 3 * CODES
 
@@ -153,7 +155,7 @@ def gated(
     grid, (of_x, of_gate, of_y) = Grid(*rest), _states(state)
     x = dense(x)
     numbers = [t.reshape(()).float() for s, z, low, high in _states(state) for t in (s, z, (low != 0) | (high != 0))]
-    used = torch.cat([torch.stack(numbers), x.new_zeros(USED - 9, dtype=torch.float32)])
+    used = torch.cat([torch.stack(numbers), x.new_zeros(USED - TABULATED, dtype=torch.float32)])
     a, _ = _fake_quantized(x, of_x, grid)
     gate = _gate(a, hard)
     b, _ = _fake_quantized(gate, of_gate, grid)
@@ -168,7 +170,7 @@ def gated(
 def gated_gradient(grad: Tensor, x: Tensor, used: Tensor, hard: bool, quant_min: int, quant_max: int) -> Tensor:
     grid = Grid(quant_min, quant_max, 0, 0, False, False)
     x = dense(x)
-    of_x, of_gate, of_y = ((s, z.to(torch.int32), k, k) for s, z, k in used[:9].reshape(3, 3))
+    of_x, of_gate, of_y = ((s, z.to(torch.int32), k, k) for s, z, k in used[:TABULATED].reshape(3, 3))
     a, passes = _fake_quantized(x, of_x, grid)
     gate = _gate(a, hard)
     b, gate_passes = _fake_quantized(gate, of_gate, grid)

@@ -18,11 +18,14 @@ from torch import Tensor
 from eagerq.quant import plain_kernels as plain
 from eagerq.quant.spec import Grid
 
-#: The tables of a gate in what its forward keeps: entries of each, and where they begin.
+#: The tables of a gate in what its forward keeps: entries of each, where it says that there are any, and where they begin.
 CODES = tl.constexpr(plain.CODES)
+TABULATED = tl.constexpr(plain.TABULATED)
 RESULTS = tl.constexpr(plain.RESULTS)
 SLOPES = tl.constexpr(plain.SLOPES)
 PRODUCTS = tl.constexpr(plain.PRODUCTS)
+#: In place of a slope, where the last quantizer clips: a NaN that arithmetic does not give.
+CLIPPED = tl.constexpr(0x7FC00001)
 
 #: Values of one program's step, a multiple of 8: eight neighbours share a byte of the mask.
 _BLOCK = 2048
@@ -347,8 +350,7 @@ def _tabulate(
 ):  # fmt: skip
     """Behind the first quantizer all is a function of a code: the tables of it. Each program writes the same and reads its own.
 
-    Of each code the result and the product before its quantizer, together in one word where they are of 16 bits, and the slope,
-    NaN where the last quantizer clips.
+    Of each code the result and the product before its quantizer, together in one word where they are of 16 bits, and the slope.
     """
     code = tl.arange(0, CODES)
     a, fine, _gate, b, y, _passes, gate_passes = _through_gate(
@@ -362,7 +364,9 @@ def _tabulate(
     else:
         tl.store(used_ptr + RESULTS + code, out)
         tl.store(used_ptr + PRODUCTS + code, y)
-    tl.store(used_ptr + SLOPES + code, tl.where(y_passes, _slope(a, fine, b, gate_passes, HARD), float("nan")))
+    slope = _slope(a, fine, b, gate_passes, HARD).to(tl.int32, bitcast=True)
+    tl.store((used_ptr + SLOPES).to(tl.pointer_type(tl.int32)) + code, tl.where(y_passes, slope, CLIPPED))
+    tl.store(used_ptr + TABULATED, 1.0)
     tl.debug_barrier()
 
 
@@ -416,8 +420,8 @@ def _gated_gradient(
 ):  # fmt: skip
     if LOOKS_UP:
         q, inside = _code(x, by[0], by[1], QMIN - by[2], QMAX - by[2], FUSED)
-        slope = tl.load(used_ptr + SLOPES + _entry(q, by[2], QMIN))
-        return tl.where(inside & (slope == slope), grad * slope, 0.0)
+        slope = tl.load((used_ptr + SLOPES).to(tl.pointer_type(tl.int32)) + _entry(q, by[2], QMIN))
+        return tl.where(inside & (slope != CLIPPED), grad * slope.to(tl.float32, bitcast=True), 0.0)
     else:  # noqa: RET505
         a, fine, _gate, b, y, passes, gate_passes = _through_gate(x, by, g_by, HARD, QMIN, QMAX, FUSED, KIND)
         _out, y_passes = _quantized(y, y_by, QMIN, QMAX, FUSED, KIND)
@@ -480,6 +484,7 @@ def _gated_forward(
             x_ptr, out_ptr, used_ptr, program, n, by, g_by, y_by, True, HARD, QMIN, QMAX, EVEN, FUSED, BLOCK
         )  # fmt: skip
     else:
+        tl.store(used_ptr + TABULATED, 0.0)
         low, high, g_low, g_high, y_low, y_high = _gated_values(
             x_ptr, out_ptr, used_ptr, program, n, by, g_by, y_by, False, HARD, QMIN, QMAX, EVEN, FUSED, BLOCK
         )  # fmt: skip
@@ -531,8 +536,7 @@ def _gated_backward(
     by = _in_use(used_ptr)
     g_by = _in_use(used_ptr + 3)
     y_by = _in_use(used_ptr + 6)
-    looks_up = by[3] & (QMAX - QMIN < CODES)
-    if looks_up:
+    if tl.load(used_ptr + TABULATED) != 0.0:
         _gated_gradients(
             grad_ptr, x_ptr, out_ptr, used_ptr, program, n, by, g_by, y_by, True, HARD, QMIN, QMAX, EVEN, FUSED, BLOCK
         )  # fmt: skip
@@ -664,7 +668,7 @@ def gated_forward(
     x: Tensor, out: Tensor, used: Tensor, scratch: list[Tensor], state: list[Tensor], hard: bool, constant: float | None,
     grid: Grid,
 ) -> None:  # fmt: skip
-    """Launch: ``out`` of ``x``, and nine numbers ``used`` that its backward needs; with ``scratch`` the state learns."""
+    """Launch: ``out`` of ``x``, and ``used``, what its backward needs; with ``scratch`` the state learns."""
     n = x.numel()
     if n:
         block = _BLOCK // 2

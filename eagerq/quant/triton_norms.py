@@ -22,6 +22,7 @@ from torch import Tensor
 from eagerq.quant import plain_kernels as plain
 from eagerq.quant.triton_kernels import (
     CODES,
+    TABULATED,
     _code,
     _gate_of,
     _gated,
@@ -364,6 +365,7 @@ def _norm_gated_forward(
             True, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
         )  # fmt: skip
     else:
+        tl.store(used_ptr + TABULATED, 0.0)
         g_low, g_high, y_low, y_high = _gated_rows(
             x_ptr, out_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, by, g_by, y_by,
             False, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
@@ -463,7 +465,7 @@ def _norm_sums(
     limits = _limits(kept_ptr, used_ptr, GATED)
     mean, inverse, factor, bias = _statistics(kept_ptr, weight_ptr, bias_ptr, channels, column, inside, AFFINE)
     if GATED:
-        if limits[0][3] & (QMAX - QMIN < CODES):
+        if tl.load(used_ptr + TABULATED) != 0.0:
             total, products = _sums_of_rows(
                 x_ptr, grad_ptr, out_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, limits,
                 _TABLE, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
@@ -505,8 +507,6 @@ def _norm_backward(
     """The gradient of x; of one that has passed a gate already, over it."""
     part, column = _place(tl.program_id(0), channels, BC)
     inside = column < channels
-    below = tl.load(kept_ptr + 6)
-    above = tl.load(kept_ptr + 7)
     mean, inverse, factor, bias = _statistics(kept_ptr, weight_ptr, bias_ptr, channels, column, inside, AFFINE)
     n = rows.to(tl.float32)
     shift = _values(sums_ptr, column, inside) / n
@@ -522,7 +522,7 @@ def _norm_backward(
         grad = _values(grad_ptr, at, here)
         if not GATED:
             y = _affine(x, mean[None, :], factor[None, :], bias[None, :], x_ptr.dtype.element_ty)
-            grad = _between(grad, y, below, above)
+            grad = _between(grad, y, tl.load(kept_ptr + 6), tl.load(kept_ptr + 7))
         out = (grad - shift[None, :] - (x - mean[None, :]) * slope[None, :]) * factor[None, :]
         tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=here)
 
@@ -679,13 +679,15 @@ def backward(
     )
     channels = sums.channels
     part = torch.empty(2, sums.parts, channels, dtype=torch.float32, device=x.device)
-    passed, more = grad if out is None else out, kept if used is None else used
+    passed, more = grad, kept
+    if used is not None:  # the sums write what passes the gate
+        passed, more = torch.empty_like(grad) if out is None else out, used
     sums.launch(
         _norm_sums, stream, (x, grad, passed, part, found, first, second, kept, more),
         (sums.rows, sums.chunk, sums.parts, channels), (*flags, not _interprets(), sums.added),
     )  # fmt: skip
     if out is not None:
         writes.launch(
-            _norm_backward, stream, (x, grad if used is None else passed, out, found, first, second, kept),
+            _norm_backward, stream, (x, passed, out, found, first, second, kept),
             (writes.rows, writes.chunk, channels), flags[:2],
         )  # fmt: skip

@@ -96,7 +96,7 @@ class SplitActivation(nn.Module):
         Args:
             norm: PyTorch's own batch norm, as ``is_plain_norm`` says; its statistics learn.
         """
-        serves = has_channels_last(x) and not torch.compiler.is_compiling()
+        serves = not torch.compiler.is_compiling() and has_channels_last(x)
         quantizers = self._one_pass(x, quantizer) if serves else None
         if quantizers is None:
             return None
