@@ -46,21 +46,26 @@ def interpreter() -> Iterator[None]:
         yield
 
 
-@functools.cache
-def kernels() -> ModuleType:
-    """The copy."""
-    copy = _copied("triton_kernels")
-    vars(copy)["_launch"] = _interpreted(copy._launch)
-    return copy
+#: The modules of kernels, each with those that its kernels call.
+NEEDS: dict[str, tuple[str, ...]] = {
+    "kernels": (),
+    "gates": ("kernels",),
+    "norms": ("kernels", "gates"),
+    "gated_norms": ("kernels", "gates", "norms"),
+}
 
 
 @functools.cache
-def norms() -> ModuleType:
-    """The copy of the norms' kernels, which are written with those."""
+def kernels(name: str) -> ModuleType:
+    """The copy of the module ``triton_<name>``."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "eagerq.quant.triton_kernels", kernels())
-        copy = _copied("triton_norms")
-    copy._Plan.launch = _interpreted(copy._Plan.launch)
+        for needed in NEEDS[name]:
+            patch.setitem(sys.modules, f"eagerq.quant.triton_{needed}", kernels(needed))
+        copy = _copied(f"triton_{name}")
+    if name == "kernels":
+        vars(copy)["_launch"] = _interpreted(copy._launch)
+    if name == "norms":
+        copy._Plan.launch = _interpreted(copy._Plan.launch)
     return copy
 
 

@@ -44,7 +44,6 @@ def kernels(device: str) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         if device == "interpreter":
             patch.setattr(fast_kernels, "_triton", interpreted.kernels)
-            patch.setattr(fast_kernels, "_triton_norms", interpreted.norms)
             patch.setattr(fast_kernels, "is_plain", lambda x: fast_kernels.is_tensor(x) and not x.is_meta)
         yield "cpu" if device == "interpreter" else device
 
@@ -202,7 +201,7 @@ if "interpreter" in DEVICES:
             for step in batches:
                 x = batch(shape, step, theirs[0], torch.bfloat16, "contiguous")
                 out, mask = torch.empty(shape), plain_kernels.mask_like(x, True)
-                interpreted.kernels().activation_forward(x, out, mask, *mine, own, *bounds, constant, grid)
+                interpreted.kernels("kernels").activation_forward(x, out, mask, *mine, own, *bounds, constant, grid)
                 wanted, wanted_mask = plain_kernels.activation(x, *theirs, other, *bounds, constant, *grid, True)
                 assert_identical(out.bfloat16(), wanted)
                 assert_identical(mask, wanted_mask)
@@ -307,7 +306,7 @@ def test_a_gated_kernel_is_the_plain_one(
         found, used = fast_kernels.gated(x, states[0], words[0], hard, constant, *grid)
         wanted, wanted_used = plain_kernels.gated(x, states[1], words[1], hard, constant, *grid)
         if x.numel():
-            assert_identical(used[:9], wanted_used[:9])
+            assert_identical(used[: plain_kernels.NUMBERS], wanted_used[: plain_kernels.NUMBERS])
         for own in words[0]:
             assert own[:3].tolist() == [0, 0, 0]
         grad = torch.randn(x.shape, device=place).to(dtype)
@@ -333,6 +332,19 @@ def test_a_gated_kernel_is_the_plain_one(
                 assert (mine - theirs).abs().max() <= 1  # a zero point near a tie
             else:
                 torch.testing.assert_close(mine, theirs, rtol=4 * torch.finfo(dtype).eps, atol=1e-9)
+
+
+@on_each_device
+def test_a_plain_forward_has_a_plain_gradient(device: str) -> None:
+    """Of a dtype that no kernel computes in, whatever the gradient's dtype."""
+    grid = QuantSpec().grid
+    with kernels(device) as place:
+        states = [t for ends in ((-3.0, 3.0), (0.0, 1.0), (-0.3, 3.0)) for t in known(grid, *ends, place)]
+        x, grad = torch.randn(40, dtype=torch.float64, device=place), torch.randn(40, device=place)
+        _, used = fast_kernels.gated(x, states, [], True, None, *grid)
+        found = fast_kernels.gated_gradient(grad, x, used, True, grid.quant_min, grid.quant_max)
+        assert found.any()
+        assert_identical(found, plain_kernels.gated_gradient(grad, x, used, True, grid.quant_min, grid.quant_max))
 
 
 @on_each_device
@@ -495,7 +507,8 @@ def test_a_norm_and_its_gate_are_the_norm_and_then_the_gate(
                 plain_kernels.dense(x), *parameters, *kept[plain_kernels.KEPT :].reshape(2, -1)
             )
             wanted, wanted_used = by.gated(y, theirs, other if teaches else [], hard, constant, *grid)
-            assert_all_identical([out, used[:9], *mine], [wanted, wanted_used[:9], *theirs])
+            numbers, wanted_numbers = (numbers_of[: plain_kernels.NUMBERS] for numbers_of in (used, wanted_used))
+            assert_all_identical([out, numbers, *mine], [wanted, wanted_numbers, *theirs])
             assert out.stride() == wanted.stride()
             if teaches:
                 for ours, its in zip(own, other, strict=True):
@@ -861,7 +874,7 @@ def test_a_norm_before_a_gate_keeps_its_second_derivatives() -> None:
             out = operators.fake_quantize_gated(norm(x), states, [], False, None, grid)
         first = torch.autograd.grad(out.square().sum(), (x, *norm.parameters()), create_graph=True)
         with pytest.warns(UserWarning, match="an autograd kernel was not registered"):
-            second = torch.autograd.grad(sum(g.square().sum() for g in first), (x, *norm.parameters()))  # type: ignore[arg-type]
+            second = torch.autograd.grad(torch.stack([g.square().sum() for g in first]).sum(), (x, *norm.parameters()))
         found.append([*first, *second])
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)

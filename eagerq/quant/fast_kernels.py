@@ -1,6 +1,5 @@
-"""The kernels that serve CUDA tensors: those of ``triton_kernels.py`` and ``triton_norms.py`` where Triton is installed and they
-know dtype and layout, else those of ``plain_kernels.py``. Names and arguments are the latter's, but ``norm_gradient`` makes the
-sums itself.
+"""The kernels that serve CUDA tensors: those of the modules ``triton_*.py`` where Triton is installed and they know dtype and
+layout, else those of ``plain_kernels.py``. Names and arguments are the latter's, but ``norm_gradient`` makes the sums itself.
 """
 
 from __future__ import annotations
@@ -27,14 +26,9 @@ _has_triton = importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
-def _triton() -> ModuleType | None:
-    """The kernels, or None where Triton is not installed."""
-    return importlib.import_module("eagerq.quant.triton_kernels") if _has_triton else None
-
-
-@functools.cache
-def _triton_norms() -> ModuleType | None:
-    return importlib.import_module("eagerq.quant.triton_norms") if _has_triton else None
+def _triton(name: str) -> ModuleType | None:
+    """The module of kernels ``triton_<name>``, or None where Triton is not installed."""
+    return importlib.import_module(f"eagerq.quant.triton_{name}") if _has_triton else None
 
 
 def are_fast(x: Tensor) -> bool:
@@ -58,7 +52,7 @@ def activation(
     x: Tensor, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor, scratch: Tensor | None,
     low: float | None, high: float | None, constant: float | None, *rest: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    kernels = _triton()
+    kernels = _triton("kernels")
     if kernels is None or x.dtype not in DTYPES:
         return plain.activation(x, scale, zero_point, min_val, max_val, scratch, low, high, constant, *rest)
     x = plain.dense(x)
@@ -72,7 +66,7 @@ def activation(
 
 
 def masked_gradient(grad: Tensor, mask: Tensor) -> Tensor:
-    kernels = _triton()
+    kernels = _triton("kernels")
     if kernels is None or grad.dtype not in DTYPES:
         return plain.masked_gradient(grad, mask)
     grad = plain.dense(grad)
@@ -84,28 +78,28 @@ def masked_gradient(grad: Tensor, mask: Tensor) -> Tensor:
 def gated(
     x: Tensor, state: list[Tensor], scratch: list[Tensor], hard: bool, constant: float | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    kernels = _triton()
+    kernels = _triton("gates")
     if kernels is None or x.dtype not in DTYPES:
         return plain.gated(x, state, scratch, hard, constant, *rest)
     x = plain.dense(x)
     out, used = torch.empty_like(x), plain.used_of(x)
-    kernels.gated_forward(x, out, used, scratch, state, hard, constant, Grid(*rest))
+    kernels.forward(x, out, used, scratch, state, hard, constant, Grid(*rest))
     return out, used
 
 
 def gated_gradient(grad: Tensor, x: Tensor, used: Tensor, hard: bool, quant_min: int, quant_max: int) -> Tensor:
-    kernels = _triton()
-    if kernels is None or grad.dtype not in DTYPES:
+    kernels = _triton("gates")
+    if kernels is None or not {grad.dtype, x.dtype} <= DTYPES:  # else the forward was plain, and made no tables
         return plain.gated_gradient(grad, x, used, hard, quant_min, quant_max)
     x = plain.dense(x)
     out = torch.empty_like(x)
-    kernels.gated_backward(grad.contiguous(memory_format=memory_format(x)), x, out, used, hard, quant_min, quant_max)
+    kernels.backward(grad.contiguous(memory_format=memory_format(x)), x, out, used, hard, quant_min, quant_max)
     return out
 
 
-def _of_norm(x: Tensor) -> ModuleType | None:
+def _of_norm(x: Tensor, name: str = "norms") -> ModuleType | None:
     """The kernels of norms, where they serve: of channels that lie side by side."""
-    return _triton_norms() if x.dtype in DTYPES and plain.has_channels_last(x) else None
+    return _triton(name) if x.dtype in DTYPES and plain.has_channels_last(x) else None
 
 
 def norm_statistics(x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> Tensor:
@@ -150,11 +144,11 @@ def norm_gradient(
 
 
 def norm_gated(x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = _of_norm(x)
+    kernels = _of_norm(x, "gated_norms")
     if kernels is None:
         return plain.norm_gated(x, weight, bias, *rest)
     out, used, kept = torch.empty_like(x), plain.used_of(x), plain.kept_of(x)
-    kernels.gated_forward(x, out, kept, used, weight, bias, *rest)
+    kernels.forward(x, out, kept, used, weight, bias, *rest)
     return out, used, kept
 
 
@@ -173,7 +167,7 @@ def norm_gated_gradient(
 def weight_by_its_range(
     weight: Tensor, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor, *rest: Any
 ) -> Tensor:
-    kernels = _triton()
+    kernels = _triton("kernels")
     if kernels is None or weight.dtype not in DTYPES:
         return plain.weight_by_its_range(weight, scale, zero_point, min_val, max_val, *rest)
     weight = plain.dense(weight)
@@ -185,5 +179,5 @@ def weight_by_its_range(
 def of_weight(weight: Tensor) -> Callable[..., None] | None:
     """The kernel that writes what ``weight_by_its_range`` gives over a copy of the weight; None where none serves."""
     serves = is_plain(weight) and weight.dtype in DTYPES and plain.dense(weight) is weight
-    kernels = _triton() if serves else None
+    kernels = _triton("kernels") if serves else None
     return None if kernels is None else kernels.weight_forward

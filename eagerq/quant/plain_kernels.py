@@ -1,4 +1,4 @@
-"""The kernels of ``operators.py`` in plain PyTorch, for every device: the oracle of those in ``triton_kernels.py``.
+"""The kernels of ``operators.py`` in plain PyTorch, for every device: the oracle of those in ``triton_*.py``.
 
 Also what both agree on: how a mask and a quantizer's scratch memory lie.
 """
@@ -30,9 +30,9 @@ KEPT = 8 + BLOCKS
 
 #: Codes of a table.
 CODES = 256
-#: What a gate's forward keeps: scale, zero point and whether a range was known, of three quantizers; at ``TABULATED`` whether
-#: tables by the first one's code follow, and where each begins.
-TABULATED = 9
+#: What a gate's forward keeps: ``NUMBERS``, which are scale, zero point and whether a range was known, of three quantizers; and
+#: where a kernel's tables by the first one's code begin, which are there if its range was known.
+NUMBERS = 9
 RESULTS, SLOPES, PRODUCTS = 16, 16 + CODES, 16 + 2 * CODES
 USED = 16 + 3 * CODES
 
@@ -155,7 +155,7 @@ def gated(
     grid, (of_x, of_gate, of_y) = Grid(*rest), _states(state)
     x = dense(x)
     numbers = [t.reshape(()).float() for s, z, low, high in _states(state) for t in (s, z, (low != 0) | (high != 0))]
-    used = torch.cat([torch.stack(numbers), x.new_zeros(USED - TABULATED, dtype=torch.float32)])
+    used = torch.cat([torch.stack(numbers), x.new_zeros(USED - NUMBERS, dtype=torch.float32)])
     a, _ = _fake_quantized(x, of_x, grid)
     gate = _gate(a, hard)
     b, _ = _fake_quantized(gate, of_gate, grid)
@@ -170,7 +170,7 @@ def gated(
 def gated_gradient(grad: Tensor, x: Tensor, used: Tensor, hard: bool, quant_min: int, quant_max: int) -> Tensor:
     grid = Grid(quant_min, quant_max, 0, 0, False, False)
     x = dense(x)
-    of_x, of_gate, of_y = ((s, z.to(torch.int32), k, k) for s, z, k in used[:TABULATED].reshape(3, 3))
+    of_x, of_gate, of_y = ((s, z.to(torch.int32), k, k) for s, z, k in used[:NUMBERS].reshape(3, 3))
     a, passes = _fake_quantized(x, of_x, grid)
     gate = _gate(a, hard)
     b, gate_passes = _fake_quantized(gate, of_gate, grid)

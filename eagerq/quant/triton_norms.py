@@ -4,7 +4,7 @@ Forward: a pass over x finds each channel's mean, squares about it, least and gr
 and, since a norm is monotone in each channel, the ends of its output, from which the quantizer learns; a second pass writes the
 result. Backward: a pass sums the gradient, a second pass writes the gradient of x. Both backward passes find again from x where
 the gradient passes, so nothing but x is kept. A SiLU or Hardswish behind the norm is computed in the second pass and, of the
-gradient, in the first, which then hands on what has passed.
+gradient, in the first, which then hands on what has passed; the forward's second pass is in ``triton_gated_norms.py``.
 
 Values lie as rows of channels. Programs that share channels sum a part of the rows each; the last of them adds the parts up.
 """
@@ -20,23 +20,16 @@ import triton.language as tl
 from torch import Tensor
 
 from eagerq.quant import plain_kernels as plain
+from eagerq.quant.triton_gates import CODES, _gated_gradient, _in_use
 from eagerq.quant.triton_kernels import (
-    CODES,
-    TABULATED,
     _code,
-    _gate_of,
-    _gated,
-    _gated_gradient,
     _give,
-    _in_use,
     _interprets,
     _learn,
     _processors,
     _round,
     _seen,
     _state,
-    _tabulate,
-    _used,
     _value,
     address,
     stream_of,
@@ -49,7 +42,6 @@ _BACKWARD_SUMS = (2048, 3, 3)
 _WRITES = (4096, 8, 3)
 #: Where a gate is looked up: loads of a table are not to be on their way ahead.
 _GATED_SUMS = (2048, 4, 1)
-_GATED_WRITES = (2048, 8, 1)
 #: Most channels of a step of a pass that sums, unless there would be too many blocks of them, and of one that writes.
 _SUMMED = 32
 _WRITTEN = 64
@@ -65,7 +57,7 @@ _SMALL = [
     f"{name}_ptr"
     for name in (
         "part", "weight", "bias", "kept", "running_mean", "running_var", "batches", "scale", "zero", "least", "greatest",
-        "scratch", "sums", "used", *(f"{of}_{name}" for of in "gy" for name in ("scale", "zero", "least", "greatest", "scratch")),
+        "scratch", "sums", "used",
     )
 ]  # fmt: skip
 _INTEGERS = ["rows", "chunk", "parts"]
@@ -153,14 +145,13 @@ def _norm_finish(
 ):  # fmt: skip
     """Of one block of channels: statistics of the parts, running statistics, and what the quantizer learns."""
     inside = column < channels
-    scale = tl.load(scale_ptr)
-    zero = tl.load(zero_ptr).to(tl.float32)
-    least = tl.load(least_ptr)
-    greatest = tl.load(greatest_ptr)
+    quantizer = scale_ptr, zero_ptr, least_ptr, greatest_ptr
+    state = _state(quantizer)
+    scale, zero, _least, _greatest, has_range = state
     first = tl.min(column, axis=0) == 0
     if first:
         slot = tl.arange(0, 8)
-        known = ((least != 0.0) | (greatest != 0.0)).to(tl.float32)
+        known = has_range.to(tl.float32)
         below = tl.where(known != 0.0, _last_clipped(scale, QMIN - zero, -1.0), float("-inf"))
         above = tl.where(known != 0.0, _last_clipped(scale, QMAX - zero, 1.0), float("inf"))
         if HAS_LOW:
@@ -218,8 +209,7 @@ def _norm_finish(
         if _is_last(scratch_ptr + 2, tl.cdiv(channels, BC)):
             if LEARN:
                 _learn(
-                    scratch_ptr, scale_ptr, zero_ptr, least_ptr, greatest_ptr, scale, zero, least, greatest,
-                    constant, QMIN, QMAX, LEVELS, FIXED_ZERO, SYMMETRIC, POWER_OF_TWO, MIN_MAX,
+                    scratch_ptr, quantizer, state, constant, QMIN, QMAX, LEVELS, FIXED_ZERO, SYMMETRIC, POWER_OF_TWO, MIN_MAX
                 )  # fmt: skip
             else:
                 tl.store(kept_ptr + 4, -_value(tl.atomic_xchg(scratch_ptr, 0, sem="relaxed").to(tl.uint32, bitcast=True)))
@@ -304,86 +294,6 @@ def _norm_forward(
         tl.store(out_ptr + at, tl.where(known, q * scale, a).to(out_ptr.dtype.element_ty), mask=here)
 
 
-@triton.jit
-def _gated_rows(
-    x_ptr, out_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, by, g_by, y_by,
-    LOOKS_UP: tl.constexpr, HARD: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, FUSED: tl.constexpr,
-    STAGES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """A program's part of ``_norm_gated_forward``; the ends of what the quantizers of gate and product are given."""
-    first = part * chunk
-    end = tl.minimum(first + chunk, rows)
-    lanes = tl.arange(0, BR)
-    inside = column < channels
-    kind: tl.constexpr = x_ptr.dtype.element_ty
-    g_low = tl.full((BR, BC), float("inf"), tl.float32)
-    g_high = tl.full((BR, BC), float("-inf"), tl.float32)
-    y_low = g_low
-    y_high = g_high
-    for start in tl.range(first, end, BR, num_stages=STAGES):
-        row = start + lanes
-        # rows behind the last are as that one, for nobody to see; channels stay as they lie, to be read many at once
-        x = _values(x_ptr, _offsets(tl.minimum(row, end - 1), column, channels), inside[None, :])
-        x = _affine(x, mean[None, :], factor[None, :], bias[None, :], kind)
-        out, y, gate = _gated(x, used_ptr, by, g_by, y_by, LOOKS_UP, HARD, QMIN, QMAX, FUSED, kind)
-        g_low, g_high = _seen(gate, g_low, g_high)
-        y_low, y_high = _seen(y, y_low, y_high)
-        here = (row < end)[:, None] & inside[None, :]
-        tl.store(out_ptr + _offsets(row, column, channels), out.to(out_ptr.dtype.element_ty), mask=here)
-    g_low = tl.where(inside[None, :], _gate_of(g_low, by, LOOKS_UP, HARD, FUSED, kind), float("inf"))
-    g_high = tl.where(inside[None, :], _gate_of(g_high, by, LOOKS_UP, HARD, FUSED, kind), float("-inf"))
-    return g_low, g_high, tl.where(inside[None, :], y_low, float("inf")), tl.where(inside[None, :], y_high, float("-inf"))
-
-
-@triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_SMALL)
-def _norm_gated_forward(
-    x_ptr, out_ptr, weight_ptr, bias_ptr, kept_ptr, used_ptr, g_scratch_ptr, y_scratch_ptr, g_scale_ptr, g_zero_ptr,
-    g_least_ptr, g_greatest_ptr, y_scale_ptr, y_zero_ptr, y_least_ptr, y_greatest_ptr, rows, chunk, channels, constant,
-    AFFINE: tl.constexpr, HARD: tl.constexpr, OBSERVE: tl.constexpr,
-    QMIN: tl.constexpr, QMAX: tl.constexpr, LEVELS: tl.constexpr, FIXED_ZERO: tl.constexpr,
-    SYMMETRIC: tl.constexpr, POWER_OF_TWO: tl.constexpr, MIN_MAX: tl.constexpr,
-    FUSED: tl.constexpr, STAGES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """SiLU or Hardswish of the norm in quantized steps; the quantizers of gate and product learn."""
-    program = tl.program_id(0)
-    part, column = _place(program, channels, BC)
-    by = _in_use(kept_ptr)
-    g_scale, g_zero, g_least, g_greatest, g_known = _state(g_scale_ptr, g_zero_ptr, g_least_ptr, g_greatest_ptr)
-    y_scale, y_zero, y_least, y_greatest, y_known = _state(y_scale_ptr, y_zero_ptr, y_least_ptr, y_greatest_ptr)
-    g_by = g_scale, tl.math.div_rn(1.0, g_scale), g_zero, g_known
-    y_by = y_scale, tl.math.div_rn(1.0, y_scale), y_zero, y_known
-    if program == 0:
-        _used(used_ptr, by[0], by[2], by[3])
-        _used(used_ptr + 3, g_scale, g_zero, g_known)
-        _used(used_ptr + 6, y_scale, y_zero, y_known)
-    inside = column < channels
-    mean, _inverse, factor, bias = _statistics(kept_ptr, weight_ptr, bias_ptr, channels, column, inside, AFFINE)
-    if by[3] & (QMAX - QMIN < CODES):
-        _tabulate(used_ptr, by, g_by, y_by, HARD, QMIN, QMAX, FUSED, x_ptr.dtype.element_ty)
-        g_low, g_high, y_low, y_high = _gated_rows(
-            x_ptr, out_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, by, g_by, y_by,
-            True, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
-        )  # fmt: skip
-    else:
-        tl.store(used_ptr + TABULATED, 0.0)
-        g_low, g_high, y_low, y_high = _gated_rows(
-            x_ptr, out_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, by, g_by, y_by,
-            False, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
-        )  # fmt: skip
-    if OBSERVE:
-        _give(g_scratch_ptr, g_low, g_high)
-        _give(y_scratch_ptr, y_low, y_high)
-        if _is_last(g_scratch_ptr + 2, tl.num_programs(0)):
-            _learn(
-                g_scratch_ptr, g_scale_ptr, g_zero_ptr, g_least_ptr, g_greatest_ptr, g_scale, g_zero,
-                g_least, g_greatest, constant, QMIN, QMAX, LEVELS, FIXED_ZERO, SYMMETRIC, POWER_OF_TWO, MIN_MAX,
-            )  # fmt: skip
-            _learn(
-                y_scratch_ptr, y_scale_ptr, y_zero_ptr, y_least_ptr, y_greatest_ptr, y_scale, y_zero,
-                y_least, y_greatest, constant, QMIN, QMAX, LEVELS, FIXED_ZERO, SYMMETRIC, POWER_OF_TWO, MIN_MAX,
-            )  # fmt: skip
-
-
 #: How a gradient reaches a norm: where neither clamp nor clip held the value, or through a gate, computed again or looked up.
 _CLAMP = tl.constexpr(0)
 _GATE = tl.constexpr(1)
@@ -465,7 +375,7 @@ def _norm_sums(
     limits = _limits(kept_ptr, used_ptr, GATED)
     mean, inverse, factor, bias = _statistics(kept_ptr, weight_ptr, bias_ptr, channels, column, inside, AFFINE)
     if GATED:
-        if tl.load(used_ptr + TABULATED) != 0.0:
+        if limits[0][3] & (QMAX - QMIN < CODES):
             total, products = _sums_of_rows(
                 x_ptr, grad_ptr, out_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, limits,
                 _TABLE, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
@@ -507,6 +417,8 @@ def _norm_backward(
     """The gradient of x; of one that has passed a gate already, over it."""
     part, column = _place(tl.program_id(0), channels, BC)
     inside = column < channels
+    below = tl.load(kept_ptr + 6)
+    above = tl.load(kept_ptr + 7)
     mean, inverse, factor, bias = _statistics(kept_ptr, weight_ptr, bias_ptr, channels, column, inside, AFFINE)
     n = rows.to(tl.float32)
     shift = _values(sums_ptr, column, inside) / n
@@ -522,7 +434,7 @@ def _norm_backward(
         grad = _values(grad_ptr, at, here)
         if not GATED:
             y = _affine(x, mean[None, :], factor[None, :], bias[None, :], x_ptr.dtype.element_ty)
-            grad = _between(grad, y, tl.load(kept_ptr + 6), tl.load(kept_ptr + 7))
+            grad = _between(grad, y, below, above)
         out = (grad - shift[None, :] - (x - mean[None, :]) * slope[None, :]) * factor[None, :]
         tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=here)
 
@@ -617,38 +529,6 @@ def forward(
         )  # fmt: skip
 
 
-def gated_forward(
-    x: Tensor, out: Tensor, kept: Tensor, used: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor,
-    running_var: Tensor, batches: Tensor | None, momentum: float, eps: float, state: list[Tensor], scratch: list[Tensor],
-    learns: bool, hard: bool, constant: float | None, *grid: Any,
-) -> None:  # fmt: skip
-    """Launch: ``kept``, ``used`` and ``out``, which lies in memory as ``x`` does, of the norm and SiLU or Hardswish in quantized
-    steps.
-
-    The running statistics learn, and where the launch ``learns``, the three quantizers' state.
-    """
-    stream = stream_of(x)
-    if stream is None:
-        with torch.cuda.device(x.device):
-            rest = (momentum, eps, state, scratch, learns, hard, constant)
-            gated_forward(x, out, kept, used, weight, bias, running_mean, running_var, batches, *rest, *grid)
-        return
-    scale, zero_point, min_val, max_val = state[:4]
-    forward(
-        x, None, kept, weight, bias, running_mean, running_var, batches, momentum, eps, scale, zero_point, min_val, max_val,
-        scratch[0], learns, learns, None, None, constant, *grid,
-    )  # fmt: skip
-    first, second = kept if weight is None else weight, kept if bias is None else bias
-    flags = (weight is not None, hard, learns)
-    key = (x.shape, x.get_device(), x.data_ptr() & 15, x.dtype, first.dtype, second.dtype, flags, constant is None, grid)
-    writes = _PLANS.get(key) or _new(key, _Plan(x, *_GATED_WRITES, _WRITTEN))
-    writes.launch(
-        _norm_gated_forward, stream, (x, out, first, second, kept, used, scratch[1], scratch[2], *state[4:]),
-        (writes.rows, writes.chunk, writes.channels, float(constant or 0)),
-        (*flags, *grid, constant is None, not _interprets()),
-    )  # fmt: skip
-
-
 def _ends(x: Tensor, low: float | None, high: float | None) -> tuple[float, float]:
     """The bounds that x's dtype holds; 0 for none."""
     return float(plain.held(low, x.dtype) or 0), float(plain.held(high, x.dtype) or 0)
@@ -660,7 +540,7 @@ def backward(
 ) -> None:  # fmt: skip
     """Launch: ``found``, of the gradient that passes, for each channel, the sum and that of its product with the normalised x;
     and where it is asked for ``out``, the gradient of x. ``grad``, ``x`` and ``out`` lie in memory alike. With what a
-    ``gated_forward`` ``used`` the gradient passes its gate."""
+    gate's forward ``used`` the gradient passes its gate."""
     stream = stream_of(x)
     if stream is None:
         with torch.cuda.device(x.device):

@@ -1,0 +1,145 @@
+"""Triton kernels of a batch norm in training and the SiLU or Hardswish behind it: the second pass of the forward.
+
+The first is the norm's own; the backward is in ``triton_norms.py`` too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from eagerq.quant.triton_gates import CODES, _by, _gate_of, _gated, _in_use, _learn_both, _tabulate, _used
+from eagerq.quant.triton_kernels import _give, _interprets, _seen, _state, stream_of
+from eagerq.quant.triton_norms import (
+    _INTEGERS,
+    _PLANS,
+    _SMALL,
+    _WRITTEN,
+    _affine,
+    _is_last,
+    _new,
+    _offsets,
+    _place,
+    _Plan,
+    _statistics,
+    _values,
+)
+from eagerq.quant.triton_norms import forward as statistics
+
+#: As ``triton_norms._WRITES``.
+_WRITES = (2048, 8, 1)
+_POINTERS = [*_SMALL, *(f"{of}_{name}_ptr" for of in "gy" for name in ("scale", "zero", "least", "greatest", "scratch"))]
+
+
+@triton.jit
+def _gated_rows(
+    x_ptr, out_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, by, g_by, y_by,
+    LOOKS_UP: tl.constexpr, HARD: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, FUSED: tl.constexpr,
+    STAGES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """A program's part of ``_norm_gated_forward``; the ends of what the quantizers of gate and product are given."""
+    first = part * chunk
+    end = tl.minimum(first + chunk, rows)
+    lanes = tl.arange(0, BR)
+    inside = column < channels
+    kind: tl.constexpr = x_ptr.dtype.element_ty
+    g_low = tl.full((BR, BC), float("inf"), tl.float32)
+    g_high = tl.full((BR, BC), float("-inf"), tl.float32)
+    y_low = g_low
+    y_high = g_high
+    for start in tl.range(first, end, BR, num_stages=STAGES):
+        row = start + lanes
+        # rows behind the last are as that one, for nobody to see; channels stay as they lie, to be read many at once
+        x = _values(x_ptr, _offsets(tl.minimum(row, end - 1), column, channels), inside[None, :])
+        x = _affine(x, mean[None, :], factor[None, :], bias[None, :], kind)
+        out, y, gate = _gated(x, used_ptr, by, g_by, y_by, LOOKS_UP, HARD, QMIN, QMAX, FUSED, kind)
+        g_low, g_high = _seen(gate, g_low, g_high)
+        y_low, y_high = _seen(y, y_low, y_high)
+        here = (row < end)[:, None] & inside[None, :]
+        tl.store(out_ptr + _offsets(row, column, channels), out.to(out_ptr.dtype.element_ty), mask=here)
+    g_low = tl.where(inside[None, :], _gate_of(g_low, by, LOOKS_UP, HARD, FUSED, kind), float("inf"))
+    g_high = tl.where(inside[None, :], _gate_of(g_high, by, LOOKS_UP, HARD, FUSED, kind), float("-inf"))
+    return g_low, g_high, tl.where(inside[None, :], y_low, float("inf")), tl.where(inside[None, :], y_high, float("-inf"))
+
+
+@triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_POINTERS)
+def _norm_gated_forward(
+    x_ptr, out_ptr, weight_ptr, bias_ptr, kept_ptr, used_ptr, g_scratch_ptr, y_scratch_ptr, g_scale_ptr, g_zero_ptr,
+    g_least_ptr, g_greatest_ptr, y_scale_ptr, y_zero_ptr, y_least_ptr, y_greatest_ptr, rows, chunk, channels, constant,
+    AFFINE: tl.constexpr, HARD: tl.constexpr, OBSERVE: tl.constexpr,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, LEVELS: tl.constexpr, FIXED_ZERO: tl.constexpr,
+    SYMMETRIC: tl.constexpr, POWER_OF_TWO: tl.constexpr, MIN_MAX: tl.constexpr,
+    FUSED: tl.constexpr, STAGES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """SiLU or Hardswish of the norm in quantized steps; the quantizers of gate and product learn."""
+    program = tl.program_id(0)
+    part, column = _place(program, channels, BC)
+    by = _in_use(kept_ptr)
+    of_gate = g_scale_ptr, g_zero_ptr, g_least_ptr, g_greatest_ptr
+    of_y = y_scale_ptr, y_zero_ptr, y_least_ptr, y_greatest_ptr
+    g_state = _state(of_gate)
+    y_state = _state(of_y)
+    g_by = _by(g_state)
+    y_by = _by(y_state)
+    if program == 0:
+        _used(used_ptr, by, g_by, y_by)
+    inside = column < channels
+    mean, _inverse, factor, bias = _statistics(kept_ptr, weight_ptr, bias_ptr, channels, column, inside, AFFINE)
+    if by[3] & (QMAX - QMIN < CODES):
+        _tabulate(used_ptr, by, g_by, y_by, HARD, QMIN, QMAX, FUSED, x_ptr.dtype.element_ty)
+        g_low, g_high, y_low, y_high = _gated_rows(
+            x_ptr, out_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, by, g_by, y_by,
+            True, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
+        )  # fmt: skip
+    else:
+        g_low, g_high, y_low, y_high = _gated_rows(
+            x_ptr, out_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, by, g_by, y_by,
+            False, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
+        )  # fmt: skip
+    if OBSERVE:
+        _give(g_scratch_ptr, g_low, g_high)
+        _give(y_scratch_ptr, y_low, y_high)
+        if _is_last(g_scratch_ptr + 2, tl.num_programs(0)):
+            _learn_both(
+                (g_scratch_ptr, y_scratch_ptr), (of_gate, of_y), (g_state, y_state), constant, QMIN, QMAX, LEVELS, FIXED_ZERO,
+                SYMMETRIC, POWER_OF_TWO, MIN_MAX,
+            )  # fmt: skip
+
+
+# --- launches
+
+
+def forward(
+    x: Tensor, out: Tensor, kept: Tensor, used: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor,
+    running_var: Tensor, batches: Tensor | None, momentum: float, eps: float, state: list[Tensor], scratch: list[Tensor],
+    learns: bool, hard: bool, constant: float | None, *grid: Any,
+) -> None:  # fmt: skip
+    """Launch: ``kept``, ``used`` and ``out``, which lies in memory as ``x`` does, of the norm and SiLU or Hardswish in quantized
+    steps.
+
+    The running statistics learn, and where the launch ``learns``, the three quantizers' state.
+    """
+    stream = stream_of(x)
+    if stream is None:
+        with torch.cuda.device(x.device):
+            rest = (momentum, eps, state, scratch, learns, hard, constant)
+            forward(x, out, kept, used, weight, bias, running_mean, running_var, batches, *rest, *grid)
+        return
+    scale, zero_point, min_val, max_val = state[:4]
+    statistics(
+        x, None, kept, weight, bias, running_mean, running_var, batches, momentum, eps, scale, zero_point, min_val, max_val,
+        scratch[0], learns, learns, None, None, constant, *grid,
+    )  # fmt: skip
+    first, second = kept if weight is None else weight, kept if bias is None else bias
+    flags = (weight is not None, hard, learns)
+    key = (x.shape, x.get_device(), x.data_ptr() & 15, x.dtype, first.dtype, second.dtype, flags, constant is None, grid)
+    writes = _PLANS.get(key) or _new(key, _Plan(x, *_WRITES, _WRITTEN))
+    writes.launch(
+        _norm_gated_forward, stream, (x, out, first, second, kept, used, scratch[1], scratch[2], *state[4:]),
+        (writes.rows, writes.chunk, writes.channels, float(constant or 0)),
+        (*flags, *grid, constant is None, not _interprets()),
+    )  # fmt: skip
