@@ -30,11 +30,12 @@ KEPT = 8 + BLOCKS
 
 #: Codes of a table.
 CODES = 256
-#: What a gate's forward keeps: ``NUMBERS``, which are scale, zero point and whether a range was known, of three quantizers; and
-#: where a kernel's tables by the first one's code begin, which are there if its range was known.
+#: What a gate's forward keeps: ``NUMBERS``, which are scale, zero point and whether a range was known, of three quantizers; then
+#: a kernel's own two, and its tables by the first one's code, which are there if its range was known, and begin so.
 NUMBERS = 9
-RESULTS, SLOPES, PRODUCTS = 16, 16 + CODES, 16 + 2 * CODES
-USED = 16 + 3 * CODES
+ENTRIES = 2 * CODES  # the last is for NaN
+RESULTS, SLOPES, PRODUCTS = 16, 16 + ENTRIES, 16 + 2 * ENTRIES
+USED = 16 + 3 * ENTRIES
 
 
 def state_before(scratch: Tensor) -> State:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eagerq.quant.triton_gates import CODES, _by, _gate_of, _gated, _in_use, _learn_both, _tabulate, _used
+from eagerq.quant.triton_gates import CODES, _by, _gate_of, _gated, _in_use, _learn_both, _product_of, _tabulate, _used
 from eagerq.quant.triton_kernels import _give, _interprets, _seen, _state, stream_of
 from eagerq.quant.triton_norms import (
     _INTEGERS,
@@ -20,10 +20,9 @@ from eagerq.quant.triton_norms import (
     _SMALL,
     _WRITTEN,
     _affine,
+    _in_a_row,
     _is_last,
     _new,
-    _offsets,
-    _place,
     _Plan,
     _statistics,
     _values,
@@ -37,33 +36,33 @@ _POINTERS = [*_SMALL, *(f"{of}_{name}_ptr" for of in "gy" for name in ("scale", 
 
 @triton.jit
 def _gated_rows(
-    x_ptr, out_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, by, g_by, y_by,
+    x_ptr, out_ptr, used_ptr, part, line, column, rows, chunk, channels, mean, factor, bias, by, g_by, y_by,
     LOOKS_UP: tl.constexpr, HARD: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, FUSED: tl.constexpr,
     STAGES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """A program's part of ``_norm_gated_forward``; the ends of what the quantizers of gate and product are given."""
     first = part * chunk
     end = tl.minimum(first + chunk, rows)
-    lanes = tl.arange(0, BR)
     inside = column < channels
     kind: tl.constexpr = x_ptr.dtype.element_ty
-    g_low = tl.full((BR, BC), float("inf"), tl.float32)
-    g_high = tl.full((BR, BC), float("-inf"), tl.float32)
+    g_low = tl.full((BR * BC,), float("inf"), tl.float32)
+    g_high = tl.full((BR * BC,), float("-inf"), tl.float32)
     y_low = g_low
     y_high = g_high
     for start in tl.range(first, end, BR, num_stages=STAGES):
-        row = start + lanes
+        row = start + line
         # rows behind the last are as that one, for nobody to see; channels stay as they lie, to be read many at once
-        x = _values(x_ptr, _offsets(tl.minimum(row, end - 1), column, channels), inside[None, :])
-        x = _affine(x, mean[None, :], factor[None, :], bias[None, :], kind)
-        out, y, gate = _gated(x, used_ptr, by, g_by, y_by, LOOKS_UP, HARD, QMIN, QMAX, FUSED, kind)
+        x = _values(x_ptr, tl.minimum(row, end - 1).to(tl.int64) * channels + column, inside)
+        out, y, gate = _gated(
+            _affine(x, mean, factor, bias, kind), used_ptr, by, g_by, y_by, LOOKS_UP, HARD, QMIN, QMAX, FUSED, kind
+        )  # fmt: skip
         g_low, g_high = _seen(gate, g_low, g_high)
         y_low, y_high = _seen(y, y_low, y_high)
-        here = (row < end)[:, None] & inside[None, :]
-        tl.store(out_ptr + _offsets(row, column, channels), out.to(out_ptr.dtype.element_ty), mask=here)
-    g_low = tl.where(inside[None, :], _gate_of(g_low, by, LOOKS_UP, HARD, FUSED, kind), float("inf"))
-    g_high = tl.where(inside[None, :], _gate_of(g_high, by, LOOKS_UP, HARD, FUSED, kind), float("-inf"))
-    return g_low, g_high, tl.where(inside[None, :], y_low, float("inf")), tl.where(inside[None, :], y_high, float("-inf"))
+        tl.store(out_ptr + row.to(tl.int64) * channels + column, out.to(out_ptr.dtype.element_ty), mask=(row < end) & inside)
+    g_low = tl.where(inside, _gate_of(g_low, by, LOOKS_UP, HARD, FUSED, kind), float("inf"))
+    g_high = tl.where(inside, _gate_of(g_high, by, LOOKS_UP, HARD, FUSED, kind), float("-inf"))
+    y_low = tl.where(inside, _product_of(y_low, LOOKS_UP, kind), float("inf"))
+    return g_low, g_high, y_low, tl.where(inside, _product_of(y_high, LOOKS_UP, kind), float("-inf"))
 
 
 @triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_POINTERS)
@@ -77,7 +76,7 @@ def _norm_gated_forward(
 ):  # fmt: skip
     """SiLU or Hardswish of the norm in quantized steps; the quantizers of gate and product learn."""
     program = tl.program_id(0)
-    part, column = _place(program, channels, BC)
+    part, line, column = _in_a_row(program, channels, BR, BC)
     by = _in_use(kept_ptr)
     of_gate = g_scale_ptr, g_zero_ptr, g_least_ptr, g_greatest_ptr
     of_y = y_scale_ptr, y_zero_ptr, y_least_ptr, y_greatest_ptr
@@ -86,18 +85,18 @@ def _norm_gated_forward(
     g_by = _by(g_state)
     y_by = _by(y_state)
     if program == 0:
-        _used(used_ptr, by, g_by, y_by)
+        _used(used_ptr, by, g_by, y_by, tl.load(kept_ptr + 6), tl.load(kept_ptr + 7))
     inside = column < channels
     mean, _inverse, factor, bias = _statistics(kept_ptr, weight_ptr, bias_ptr, channels, column, inside, AFFINE)
     if by[3] & (QMAX - QMIN < CODES):
         _tabulate(used_ptr, by, g_by, y_by, HARD, QMIN, QMAX, FUSED, x_ptr.dtype.element_ty)
         g_low, g_high, y_low, y_high = _gated_rows(
-            x_ptr, out_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, by, g_by, y_by,
+            x_ptr, out_ptr, used_ptr, part, line, column, rows, chunk, channels, mean, factor, bias, by, g_by, y_by,
             True, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
         )  # fmt: skip
     else:
         g_low, g_high, y_low, y_high = _gated_rows(
-            x_ptr, out_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, by, g_by, y_by,
+            x_ptr, out_ptr, used_ptr, part, line, column, rows, chunk, channels, mean, factor, bias, by, g_by, y_by,
             False, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
         )  # fmt: skip
     if OBSERVE:

@@ -14,13 +14,15 @@ from eagerq.quant import plain_kernels as plain
 from eagerq.quant.spec import Grid
 from eagerq.quant.triton_kernels import (
     _clamp,
-    _code,
+    _coded,
     _give,
     _interprets,
     _launch,
     _learn,
     _load,
+    _passing,
     _programs,
+    _raised,
     _seen,
     _state,
     _store,
@@ -28,14 +30,19 @@ from eagerq.quant.triton_kernels import (
 
 #: The tables of a gate in what its forward keeps: entries of each, and where they begin.
 CODES = tl.constexpr(plain.CODES)
+LIMITS = tl.constexpr(plain.NUMBERS)
 RESULTS = tl.constexpr(plain.RESULTS)
 SLOPES = tl.constexpr(plain.SLOPES)
 PRODUCTS = tl.constexpr(plain.PRODUCTS)
+#: Where in a table NaN is, and what it is there.
+LAST = tl.constexpr(plain.ENTRIES - 1)
+NOT_A_NUMBER = tl.constexpr(0x7FFF7FFF)
 #: In place of a slope, where the last quantizer clips: a NaN that arithmetic does not give.
 CLIPPED = tl.constexpr(0x7FC00001)
 
 #: Values of one program's step, and its warps.
 _BLOCK = 1024
+_WAVES = 5
 _WARPS = 4
 
 #: Pointers to one value or a few, whose alignment is no matter.
@@ -74,8 +81,10 @@ def _note(used_ptr, by):
 
 
 @triton.jit
-def _used(used_ptr, by, g_by, y_by):
-    """What a backward computes with."""
+def _used(used_ptr, by, g_by, y_by, below, above):
+    """What a backward computes with; between ``below`` and ``above`` the first quantizer passes the gradient."""
+    tl.store(used_ptr + LIMITS, below)
+    tl.store(used_ptr + LIMITS + 1, above)
     _note(used_ptr, by)
     _note(used_ptr + 3, g_by)
     _note(used_ptr + 6, y_by)
@@ -86,9 +95,8 @@ def _quantized(
     x, by, QMIN: tl.constexpr, QMAX: tl.constexpr, FUSED: tl.constexpr, KIND: tl.constexpr
 ):  # fmt: skip
     """Real values of codes, rounded as the quantizer's own tensor is, and where the gradient passes; ``by`` is of ``_by``."""
-    scale, inverse, zero, known = by
-    q, inside = _code(x, scale, inverse, QMIN - zero, QMAX - zero, FUSED)
-    return tl.where(known, q * scale, x).to(KIND).to(tl.float32), inside | (known == 0)
+    q, inside = _coded(x, by[0], by[1], QMIN - by[2], QMAX - by[2], FUSED)
+    return tl.where(by[3], q * by[0], x).to(KIND).to(tl.float32), inside | (by[3] == 0)
 
 
 @triton.jit
@@ -122,6 +130,13 @@ def _in_use(used_ptr):
 
 
 @triton.jit
+def _first_in_use(used_ptr):
+    """``_in_use`` of the first quantizer, and between which values it passes the gradient."""
+    scale, inverse, zero, known = _in_use(used_ptr)
+    return scale, inverse, zero, known, tl.load(used_ptr + LIMITS), tl.load(used_ptr + LIMITS + 1)
+
+
+@triton.jit
 def _tabulate(
     used_ptr, by, g_by, y_by, HARD: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, FUSED: tl.constexpr,
     KIND: tl.constexpr,
@@ -129,6 +144,7 @@ def _tabulate(
     """Behind the first quantizer all is a function of a code: the tables of it. Each program writes the same and reads its own.
 
     Of each code the result and the product before its quantizer, together in one word where they are of 16 bits, and the slope.
+    As a float32 such a word lies between others as its product does.
     """
     code = tl.arange(0, CODES)
     a, fine, _gate, b, y, _passes, gate_passes = _through_gate(
@@ -142,15 +158,24 @@ def _tabulate(
     else:
         tl.store(used_ptr + RESULTS + code, out)
         tl.store(used_ptr + PRODUCTS + code, y)
+        tl.store((used_ptr + PRODUCTS).to(tl.pointer_type(tl.int32)) + LAST, NOT_A_NUMBER)
+    tl.store((used_ptr + RESULTS).to(tl.pointer_type(tl.int32)) + LAST, NOT_A_NUMBER)
     slope = _slope(a, fine, b, gate_passes, HARD).to(tl.int32, bitcast=True)
     tl.store((used_ptr + SLOPES).to(tl.pointer_type(tl.int32)) + code, tl.where(y_passes, slope, CLIPPED))
     tl.debug_barrier()
 
 
 @triton.jit
-def _entry(q, zero, QMIN: tl.constexpr):
-    """Where in a table a code less the zero point is; of NaN somewhere."""
-    return (q - (QMIN - zero) + 12582912.0).to(tl.int32, bitcast=True) & (CODES - 1)
+def _entry(raised, zero, QMIN: tl.constexpr, FUSED: tl.constexpr):
+    """Where in a table the code is that ``_raised`` gives; of NaN, all of whose bits are set on a GPU, ``LAST``, or anywhere."""
+    at = (raised + (zero - QMIN)).to(tl.int32, bitcast=True)
+    return at & (LAST if FUSED else CODES - 1)
+
+
+@triton.jit
+def _looked_up(table_ptr, raised, at, FUSED: tl.constexpr):
+    found = tl.load(table_ptr + at)
+    return found if FUSED else tl.where(raised == raised, found, tl.load(table_ptr + LAST))
 
 
 @triton.jit
@@ -158,23 +183,16 @@ def _gated(
     x, used_ptr, by, g_by, y_by, LOOKS_UP: tl.constexpr, HARD: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
     FUSED: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """SiLU or Hardswish in quantized steps: result as it is stored, product, and the gate or, of a table, the code that it rises
-    with."""
+    """SiLU or Hardswish in quantized steps: result as it is stored, product, and the gate; of a table, what they rise with."""
     if LOOKS_UP:
-        q, _inside = _code(x, by[0], by[1], QMIN - by[2], QMAX - by[2], FUSED)
-        at = _entry(q, by[2], QMIN)
+        raised = _raised(_clamp(x, (QMIN - by[2]) * by[0], (QMAX - by[2]) * by[0]), by[0], by[1], FUSED)
+        at = _entry(raised, by[2], QMIN, FUSED)
         if KIND.primitive_bitwidth == 16:
-            word = tl.load((used_ptr + RESULTS).to(tl.pointer_type(tl.uint32)) + at)
-            word = tl.where(q == q, word, 0x7FFF7FFF)  # NaN twice
-            return (
-                (word & 0xFFFF).to(tl.uint16).to(KIND, bitcast=True),
-                (word >> 16).to(tl.uint16).to(KIND, bitcast=True).to(tl.float32),
-                q,
-            )
+            word = _looked_up((used_ptr + RESULTS).to(tl.pointer_type(tl.uint32)), raised, at, FUSED)
+            return (word & 0xFFFF).to(tl.uint16).to(KIND, bitcast=True), word.to(tl.float32, bitcast=True), raised
         else:  # noqa: RET505  # Triton wants one type of what is returned, unless a constant leaves the other out
-            out = tl.load(used_ptr + RESULTS + at)
-            y = tl.load(used_ptr + PRODUCTS + at)
-            return tl.where(q == q, out, q), tl.where(q == q, y, q), q
+            out = _looked_up(used_ptr + RESULTS, raised, at, FUSED)
+            return out, _looked_up(used_ptr + PRODUCTS, raised, at, FUSED), raised
     else:
         _a, _fine, gate, _b, y, _passes, _gate_passes = _through_gate(x, by, g_by, HARD, QMIN, QMAX, FUSED, KIND)
         out, _y_passes = _quantized(y, y_by, QMIN, QMAX, FUSED, KIND)
@@ -182,12 +200,21 @@ def _gated(
 
 
 @triton.jit
-def _gate_of(q, by, LOOKS_UP: tl.constexpr, HARD: tl.constexpr, FUSED: tl.constexpr, KIND: tl.constexpr):
+def _gate_of(raised, by, LOOKS_UP: tl.constexpr, HARD: tl.constexpr, FUSED: tl.constexpr, KIND: tl.constexpr):
     """The gate of what ``_gated`` gives."""
     if LOOKS_UP:
-        return _gate((q * by[0]).to(KIND).to(tl.float32), HARD, FUSED).to(KIND).to(tl.float32)
+        return _gate(((raised - 12582912.0) * by[0]).to(KIND).to(tl.float32), HARD, FUSED).to(KIND).to(tl.float32)
     else:  # noqa: RET505
-        return q
+        return raised
+
+
+@triton.jit
+def _product_of(y, LOOKS_UP: tl.constexpr, KIND: tl.constexpr):
+    """The product of what ``_gated`` gives."""
+    if LOOKS_UP and KIND.primitive_bitwidth == 16:
+        return (y.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(KIND, bitcast=True).to(tl.float32)
+    else:  # noqa: RET505
+        return y
 
 
 @triton.jit
@@ -196,8 +223,9 @@ def _gated_gradient(
     FUSED: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     if LOOKS_UP:
-        q, inside = _code(x, by[0], by[1], QMIN - by[2], QMAX - by[2], FUSED)
-        slope = tl.load((used_ptr + SLOPES).to(tl.pointer_type(tl.int32)) + _entry(q, by[2], QMIN))
+        raised = _raised(_clamp(x, (QMIN - by[2]) * by[0], (QMAX - by[2]) * by[0]), by[0], by[1], FUSED)
+        slope = tl.load((used_ptr + SLOPES).to(tl.pointer_type(tl.int32)) + _entry(raised, by[2], QMIN, FUSED))
+        inside = (x > by[4]) & (x < by[5])
         return tl.where(inside & (slope != CLIPPED), grad * slope.to(tl.float32, bitcast=True), 0.0)
     else:  # noqa: RET505
         a, fine, _gate, b, y, passes, gate_passes = _through_gate(x, by, g_by, HARD, QMIN, QMAX, FUSED, KIND)
@@ -242,7 +270,8 @@ def _gated_values(
         _store(out_ptr, lanes, start, n, out, EVEN)
         start += programs.to(tl.int64) * BLOCK
     g_low = _gate_of(g_low, by, LOOKS_UP, HARD, FUSED, kind)
-    return low, high, g_low, _gate_of(g_high, by, LOOKS_UP, HARD, FUSED, kind), y_low, y_high
+    g_high = _gate_of(g_high, by, LOOKS_UP, HARD, FUSED, kind)
+    return low, high, g_low, g_high, _product_of(y_low, LOOKS_UP, kind), _product_of(y_high, LOOKS_UP, kind)
 
 
 @triton.jit(do_not_specialize_on_alignment=["used_ptr", *_SMALL])
@@ -266,7 +295,8 @@ def _gated_forward(
     g_by = _by(g_state)
     y_by = _by(y_state)
     if program == 0:
-        _used(used_ptr, by, g_by, y_by)
+        below, above = _passing(by[0], by[2], by[3], 0.0, 0.0, False, False, QMIN, QMAX)
+        _used(used_ptr, by, g_by, y_by, below, above)
     if by[3] & (QMAX - QMIN < CODES):
         _tabulate(used_ptr, by, g_by, y_by, HARD, QMIN, QMAX, FUSED, x_ptr.dtype.element_ty)
         low, high, g_low, g_high, y_low, y_high = _gated_values(
@@ -316,7 +346,7 @@ def _gated_backward(
     EVEN: tl.constexpr, FUSED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    by = _in_use(used_ptr)
+    by = _first_in_use(used_ptr)
     g_by = _in_use(used_ptr + 3)
     y_by = _in_use(used_ptr + 6)
     if by[3] & (QMAX - QMIN < CODES):
@@ -340,7 +370,7 @@ def forward(
     n = x.numel()
     if n:
         _launch(
-            _gated_forward, _programs(x, n, _BLOCK),
+            _gated_forward, _programs(x, n, _BLOCK, _WAVES),
             (x, out, used, *(scratch or [used] * 3), *state), (n, float(constant or 0)), n,
             (hard, bool(scratch), *grid, constant is None, n % _BLOCK == 0, not _interprets(), _BLOCK), _WARPS,
         )  # fmt: skip
@@ -351,6 +381,6 @@ def backward(grad: Tensor, x: Tensor, out: Tensor, used: Tensor, hard: bool, qua
     n = x.numel()
     if n:
         _launch(
-            _gated_backward, _programs(x, n, _BLOCK), (grad, x, out, used), (n,), n,
+            _gated_backward, _programs(x, n, _BLOCK, _WAVES), (grad, x, out, used), (n,), n,
             (hard, quant_min, quant_max, n % _BLOCK == 0, not _interprets(), _BLOCK), _WARPS,
         )  # fmt: skip

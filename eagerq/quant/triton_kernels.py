@@ -20,9 +20,13 @@ from eagerq.quant.spec import Grid
 
 #: Values of one program's step, a multiple of 8: eight neighbours share a byte of the mask.
 _BLOCK = 2048
-#: Programs for each multiprocessor; each takes every so many-th block.
-_WAVES = 16
+#: Programs for each multiprocessor, as many as run there at once; each takes every so many-th block.
+_WAVES = 5
 _WARPS = 8
+#: Programs of a pass that takes no part in a range.
+_COPIES = 16
+#: Steps whose values are on their way at once.
+_STAGES = 3
 
 
 @triton.jit
@@ -93,22 +97,78 @@ def _merged(low, high, least, greatest, constant, MIN_MAX: tl.constexpr):
 
 
 @triton.jit
-def _code(x, scale, inverse, low, high, FUSED: tl.constexpr):
-    """Clipped codes of x less the zero point, and whether they are what they were before; ``low`` and ``high`` are such codes.
+def _code(x, scale, inverse, least, most, FUSED: tl.constexpr):
+    """Codes less the zero point of x between ``least`` and ``most``, which lie within the grid or one code beyond.
 
     The quotient is corrected twice by its residual, which a fused product has exactly: it is then the one nearest to x / scale
-    (Markstein, 1990), for x within the grid; further out x is held one code beyond it.
+    (Markstein, 1990).
     """
-    x = _clamp(x, (low - 1.0) * scale, (high + 1.0) * scale)
+    return _nearest(_clamp(x, least, most), scale, inverse, FUSED)
+
+
+@triton.jit
+def _nearest(x, scale, inverse, FUSED: tl.constexpr):
+    """``_code`` of what is clamped already."""
+    return _raised(x, scale, inverse, FUSED) - 12582912.0
+
+
+@triton.jit
+def _raised(x, scale, inverse, FUSED: tl.constexpr):
+    """``_nearest`` and 12582912, whose last digits as a float32 are units: an addition that rounds half to even."""
     if FUSED:
         v = x * inverse
-        v = tl.fma(tl.fma(-v, scale, x), inverse, v)
-        v = tl.fma(tl.fma(-v, scale, x), inverse, v)
+        v = tl.fma(tl.fma(v, -scale, x), inverse, v)
+        v = tl.fma(tl.fma(v, -scale, x), inverse, v)
     else:  # an interpreter has no fused product
         v = tl.math.div_rn(x, scale)
-    q = _round(v)
+    return v + 12582912.0
+
+
+@triton.jit
+def _coded(x, scale, inverse, low, high, FUSED: tl.constexpr):
+    """Codes less the zero point from ``low`` to ``high``, and whether x is of these without clipping."""
+    q = _code(x, scale, inverse, (low - 1.0) * scale, (high + 1.0) * scale, FUSED)
     clipped = _clamp(q, low, high)
     return clipped, clipped == q
+
+
+@triton.jit
+def _last_clipped(scale, end, side):
+    """Of the values beyond the code ``end`` on this side of it the one next to those that need no clipping."""
+    tie = (end + 0.5 * side) * scale  # it or a neighbour
+    bits = tie.to(tl.int32, bitcast=True) + tl.arange(0, 16) - 8
+    near = bits.to(tl.float32, bitcast=True)
+    clipped = (_round(tl.math.div_rn(near, scale)) - end) * side > 0.0
+    # all of them lie on one side of zero, since half a code does
+    return tl.min(tl.where(clipped, near * side, float("inf")), axis=0) * side
+
+
+@triton.jit
+def _passing(scale, zero, known, low, high, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr):
+    """Between which values the gradient passes an activation and its quantizer: where neither clamp nor clip holds the value."""
+    below = tl.where(known, _last_clipped(scale, QMIN - zero, -1.0), float("-inf"))
+    above = tl.where(known, _last_clipped(scale, QMAX - zero, 1.0), float("inf"))
+    if HAS_LOW:
+        below = tl.maximum(below, low)
+    if HAS_HIGH:
+        above = tl.minimum(above, high)
+    return below, above
+
+
+@triton.jit
+def _nearer(x):
+    """The next value on the way to zero."""
+    return (x.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _bounded(a, low, high, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr):
+    """What an activation that clamps makes of it."""
+    if HAS_LOW:
+        a = tl.maximum(a, low, propagate_nan=tl.PropagateNan.ALL)
+    if HAS_HIGH:
+        a = tl.minimum(a, high, propagate_nan=tl.PropagateNan.ALL)
+    return a
 
 
 @triton.jit
@@ -188,44 +248,47 @@ def _learn(
     tl.store(zero_ptr, tl.where(known, new_zero, zero.to(tl.int32)))
 
 
-@triton.jit(do_not_specialize_on_alignment=[f"{n}_ptr" for n in ("scale", "zero", "least", "greatest", "scratch")])
-def _activation_forward(
-    x_ptr, out_ptr, mask_ptr, scale_ptr, zero_ptr, least_ptr, greatest_ptr, scratch_ptr, n, low, high, constant,
-    HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, OBSERVE: tl.constexpr, MASK: tl.constexpr,
-    QMIN: tl.constexpr, QMAX: tl.constexpr, LEVELS: tl.constexpr, FIXED_ZERO: tl.constexpr,
-    SYMMETRIC: tl.constexpr, POWER_OF_TWO: tl.constexpr, MIN_MAX: tl.constexpr,
-    EVEN: tl.constexpr, FUSED: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def _activation_values(
+    x_ptr, out_ptr, mask_ptr, program, n, low, high, scale, zero, below, above,
+    KNOWN: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, OBSERVE: tl.constexpr, MASK: tl.constexpr,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, EVEN: tl.constexpr, FUSED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """A program's part of ``_activation_forward``; the ends of what it was given."""
     ROWS: tl.constexpr = BLOCK // 8
-    program = tl.program_id(0)
     programs = tl.num_programs(0)
-    quantizer = scale_ptr, zero_ptr, least_ptr, greatest_ptr
-    state = _state(quantizer)
-    scale, zero, _least, _greatest, known = state
-    unknown = known == 0
-    inverse = tl.math.div_rn(1.0, scale)
+    blocks = tl.cdiv(n, BLOCK)
     rows = tl.arange(0, ROWS)
     lanes = rows[:, None] * 8 + tl.arange(0, 8)[None, :]
     bits = (1 << tl.arange(0, 8))[None, :]
     seen_low = tl.full((ROWS, 8), float("inf"), tl.float32)
     seen_high = tl.full((ROWS, 8), float("-inf"), tl.float32)
+    inverse = tl.math.div_rn(1.0, scale)
+    if HAS_LOW or HAS_HIGH:
+        first = (QMIN - zero) * scale
+        last = (QMAX - zero) * scale
+        least = _clamp(low, first, last) if HAS_LOW else first
+        most = _clamp(high, first, last) if HAS_HIGH else last
+    else:  # so that what is not clamped is what needs no clipping
+        least = _nearer(below)
+        most = _nearer(above)
     start = program.to(tl.int64) * BLOCK
-    for _ in range(program, tl.cdiv(n, BLOCK), programs):
+    for _ in tl.range(program, blocks, programs, num_stages=STAGES):
         x = _load(x_ptr, lanes, start, n, EVEN)
-        a = x
-        if HAS_LOW:
-            a = tl.maximum(a, low, propagate_nan=tl.PropagateNan.ALL)
-        if HAS_HIGH:
-            a = tl.minimum(a, high, propagate_nan=tl.PropagateNan.ALL)
         if OBSERVE:
-            seen_low, seen_high = _seen(a, seen_low, seen_high)
-        q, inside = _code(a, scale, inverse, QMIN - zero, QMAX - zero, FUSED)
-        if MASK:
-            inside = inside | unknown
+            seen_low, seen_high = _seen(x, seen_low, seen_high)
+        if KNOWN:
+            within = _clamp(x, least, most)
+            out = _nearest(within, scale, inverse, FUSED) * scale
+            inside = (x > below) & (x < above) if HAS_LOW or HAS_HIGH else within == x
+        else:
+            out = _bounded(x, low, high, HAS_LOW, HAS_HIGH)
+            inside = (x == x) | (not (HAS_LOW or HAS_HIGH))
             if HAS_LOW:
                 inside = inside & (x > low)
             if HAS_HIGH:
                 inside = inside & (x < high)
+        if MASK:
             if not EVEN:
                 inside = inside & (start + lanes < n)
             byte = tl.sum(tl.where(inside, bits, 0), axis=1).to(tl.uint8)
@@ -233,12 +296,42 @@ def _activation_forward(
                 tl.store(mask_ptr + start // 8 + rows, byte)
             else:
                 tl.store(mask_ptr + start // 8 + rows, byte, mask=start + rows * 8 < n)
-        _store(out_ptr, lanes, start, n, tl.where(known, q * scale, a), EVEN)
+        _store(out_ptr, lanes, start, n, out, EVEN)
         start += programs.to(tl.int64) * BLOCK
+    return seen_low, seen_high
+
+
+@triton.jit(do_not_specialize_on_alignment=[f"{n}_ptr" for n in ("scale", "zero", "least", "greatest", "scratch")])
+def _activation_forward(
+    x_ptr, out_ptr, mask_ptr, scale_ptr, zero_ptr, least_ptr, greatest_ptr, scratch_ptr, n, low, high, constant,
+    HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, OBSERVE: tl.constexpr, MASK: tl.constexpr,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, LEVELS: tl.constexpr, FIXED_ZERO: tl.constexpr,
+    SYMMETRIC: tl.constexpr, POWER_OF_TWO: tl.constexpr, MIN_MAX: tl.constexpr,
+    EVEN: tl.constexpr, FUSED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    quantizer = scale_ptr, zero_ptr, least_ptr, greatest_ptr
+    state = _state(quantizer)
+    scale, zero, _least, _greatest, known = state
+    below, above = _passing(scale, zero, known, low, high, HAS_LOW, HAS_HIGH, QMIN, QMAX)
+    if known:
+        seen_low, seen_high = _activation_values(
+            x_ptr, out_ptr, mask_ptr, program, n, low, high, scale, zero, below, above,
+            True, HAS_LOW, HAS_HIGH, OBSERVE, MASK, QMIN, QMAX, EVEN, FUSED, BLOCK, STAGES,
+        )  # fmt: skip
+    else:
+        seen_low, seen_high = _activation_values(
+            x_ptr, out_ptr, mask_ptr, program, n, low, high, scale, zero, below, above,
+            False, HAS_LOW, HAS_HIGH, OBSERVE, MASK, QMIN, QMAX, EVEN, FUSED, BLOCK, STAGES,
+        )  # fmt: skip
     if OBSERVE:
-        _give(scratch_ptr, seen_low, seen_high)
+        # the ends of what is clamped are the clamped ends
+        _give(
+            scratch_ptr, _bounded(seen_low, low, high, HAS_LOW, HAS_HIGH), _bounded(seen_high, low, high, HAS_LOW, HAS_HIGH)
+        )
         tl.debug_barrier()
-        if tl.atomic_add(scratch_ptr + 2, 1) == programs - 1:  # all programs have read the state and given their range
+        # all programs have read the state and given their range
+        if tl.atomic_add(scratch_ptr + 2, 1) == tl.num_programs(0) - 1:
             tl.atomic_xchg(scratch_ptr + 2, 0)
             _learn(
                 scratch_ptr, quantizer, state, constant, QMIN, QMAX, LEVELS, FIXED_ZERO, SYMMETRIC, POWER_OF_TWO, MIN_MAX
@@ -293,7 +386,7 @@ def _weight_forward(
     z = zero.to(tl.float32)
     for offset in range(0, length, BLOCK):
         w = _load(weight_ptr + start, lanes, offset, length, False)
-        q, _inside = _code(w, scale, inverse, QMIN - z, QMAX - z, FUSED)
+        q = _code(w, scale, inverse, (QMIN - z) * scale, (QMAX - z) * scale, FUSED)
         _store(out_ptr + start, lanes, offset, length, q * scale, False)
 
 
@@ -356,8 +449,8 @@ def _processors(x: Tensor) -> int:
     return _PROCESSORS[index]
 
 
-def _programs(x: Tensor, n: int, block: int) -> int:
-    return min(-(-n // block), _processors(x) * _WAVES)
+def _programs(x: Tensor, n: int, block: int, waves: int) -> int:
+    return min(-(-n // block), _processors(x) * waves)
 
 
 def activation_forward(
@@ -370,9 +463,9 @@ def activation_forward(
         state = (scale, zero_point, min_val, max_val, scale if scratch is None else scratch)
         ends = (float(low or 0), float(high or 0), float(constant or 0))
         _launch(
-            _activation_forward, _programs(x, n, _BLOCK), (x, out, out if mask is None else mask, *state), (n, *ends), n,
+            _activation_forward, _programs(x, n, _BLOCK, _WAVES), (x, out, out if mask is None else mask, *state), (n, *ends), n,
             (low is not None, high is not None, scratch is not None, mask is not None, *grid, constant is None,
-             n % _BLOCK == 0, not _interprets(), _BLOCK), _WARPS,
+             n % _BLOCK == 0, not _interprets(), _BLOCK, _STAGES), _WARPS,
         )  # fmt: skip
 
 
@@ -380,7 +473,7 @@ def masked_gradient(grad: Tensor, mask: Tensor, out: Tensor) -> None:
     """Launch: ``out`` is ``grad`` where the mask's bit is set, else zero; both lie in memory alike."""
     n = grad.numel()
     if n:
-        _launch(_masked_gradient, _programs(grad, n, _BLOCK), (grad, mask, out), (n,), n, (n % _BLOCK == 0, _BLOCK), _WARPS)
+        _launch(_masked_gradient, _programs(grad, n, _BLOCK, _COPIES), (grad, mask, out), (n,), n, (n % _BLOCK == 0, _BLOCK), _WARPS)
 
 
 def weight_forward(

@@ -20,14 +20,15 @@ import triton.language as tl
 from torch import Tensor
 
 from eagerq.quant import plain_kernels as plain
-from eagerq.quant.triton_gates import CODES, _gated_gradient, _in_use
+from eagerq.quant.triton_gates import CODES, _first_in_use, _gated_gradient, _in_use
 from eagerq.quant.triton_kernels import (
+    _bounded,
     _code,
     _give,
     _interprets,
     _learn,
+    _passing,
     _processors,
-    _round,
     _seen,
     _state,
     _value,
@@ -71,6 +72,15 @@ def _place(pid, channels, BC: tl.constexpr):
 
 
 @triton.jit
+def _in_a_row(pid, channels, BR: tl.constexpr, BC: tl.constexpr):
+    """``_place``, and row and channel of each value of a tile in a row: Triton reads tables for values that lie so as it reads
+    them, and for a tile moves them to other threads and back."""
+    blocks = tl.cdiv(channels, BC)
+    lane = tl.arange(0, BR * BC)
+    return pid // blocks, lane // BC, (pid % blocks) * BC + lane % BC
+
+
+@triton.jit
 def _offsets(row, column, channels):
     """Where values lie: 64 bits wide."""
     return row.to(tl.int64)[:, None] * channels + column[None, :]
@@ -86,26 +96,6 @@ def _values(ptr, at, here):
 def _affine(x, mean, factor, bias, KIND: tl.constexpr):
     """The norm's output, rounded as its own tensor is: monotone in x."""
     return ((x - mean) * factor + bias).to(KIND).to(tl.float32)
-
-
-@triton.jit
-def _bounded(a, low, high, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr):
-    if HAS_LOW:
-        a = tl.maximum(a, low, propagate_nan=tl.PropagateNan.ALL)
-    if HAS_HIGH:
-        a = tl.minimum(a, high, propagate_nan=tl.PropagateNan.ALL)
-    return a
-
-
-@triton.jit
-def _last_clipped(scale, end, side):
-    """Of the values beyond the code ``end`` on this side of it the one next to those that need no clipping."""
-    tie = (end + 0.5 * side) * scale  # it or a neighbour
-    bits = tie.to(tl.int32, bitcast=True) + tl.arange(0, 16) - 8
-    near = bits.to(tl.float32, bitcast=True)
-    clipped = (_round(tl.math.div_rn(near, scale)) - end) * side > 0.0
-    # all of them lie on one side of zero, since half a code does
-    return tl.min(tl.where(clipped, near * side, float("inf")), axis=0) * side
 
 
 @triton.jit
@@ -152,12 +142,7 @@ def _norm_finish(
     if first:
         slot = tl.arange(0, 8)
         known = has_range.to(tl.float32)
-        below = tl.where(known != 0.0, _last_clipped(scale, QMIN - zero, -1.0), float("-inf"))
-        above = tl.where(known != 0.0, _last_clipped(scale, QMAX - zero, 1.0), float("inf"))
-        if HAS_LOW:
-            below = tl.maximum(below, low)
-        if HAS_HIGH:
-            above = tl.minimum(above, high)
+        below, above = _passing(scale, zero, has_range, low, high, HAS_LOW, HAS_HIGH, QMIN, QMAX)
         used = tl.where(slot == 0, scale, tl.where(slot == 1, zero, tl.where(slot == 2, known, 0.0)))
         tl.store(kept_ptr + slot, tl.where(slot == 6, below, tl.where(slot == 7, above, used)))
         if TRACKS:
@@ -290,23 +275,8 @@ def _norm_forward(
         x = _values(x_ptr, at, here)
         y = _affine(x, mean[None, :], factor[None, :], bias[None, :], x_ptr.dtype.element_ty)
         a = _bounded(y, low, high, HAS_LOW, HAS_HIGH)
-        q, _inside = _code(a, scale, reciprocal, QMIN - zero, QMAX - zero, FUSED)
+        q = _code(a, scale, reciprocal, (QMIN - zero) * scale, (QMAX - zero) * scale, FUSED)
         tl.store(out_ptr + at, tl.where(known, q * scale, a).to(out_ptr.dtype.element_ty), mask=here)
-
-
-#: How a gradient reaches a norm: where neither clamp nor clip held the value, or through a gate, computed again or looked up.
-_CLAMP = tl.constexpr(0)
-_GATE = tl.constexpr(1)
-_TABLE = tl.constexpr(2)
-
-
-@triton.jit
-def _limits(kept_ptr, used_ptr, GATED: tl.constexpr):
-    """What decides where the gradient passes: what a gate's three quantizers compute with, or between which values it does."""
-    if GATED:
-        return _in_use(used_ptr), _in_use(used_ptr + 3), _in_use(used_ptr + 6)
-    else:  # noqa: RET505  # Triton wants one type of what is returned, unless a constant leaves the other out
-        return tl.load(kept_ptr + 6), tl.load(kept_ptr + 7)
 
 
 @triton.jit
@@ -316,26 +286,8 @@ def _between(grad, y, below, above):
 
 
 @triton.jit
-def _passed(
-    grad, x, mean, factor, bias, used_ptr, limits, WAY: tl.constexpr, HARD: tl.constexpr, QMIN: tl.constexpr,
-    QMAX: tl.constexpr, FUSED: tl.constexpr, KIND: tl.constexpr, GRAD_KIND: tl.constexpr,
-):  # fmt: skip
-    """The gradient that reaches the norm, rounded as its own tensor is."""
-    y = _affine(x, mean[None, :], factor[None, :], bias[None, :], KIND)
-    if WAY == _CLAMP:
-        return _between(grad, y, limits[0], limits[1])
-    else:  # noqa: RET505
-        looks_up: tl.constexpr = WAY == _TABLE
-        grad = _gated_gradient(
-            grad, y, used_ptr, limits[0], limits[1], limits[2], looks_up, HARD, QMIN, QMAX, FUSED, KIND
-        )  # fmt: skip
-        return grad.to(GRAD_KIND).to(tl.float32)
-
-
-@triton.jit
 def _sums_of_rows(
-    x_ptr, grad_ptr, out_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, limits,
-    WAY: tl.constexpr, HARD: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, FUSED: tl.constexpr,
+    x_ptr, grad_ptr, part, column, rows, chunk, channels, mean, factor, bias, below, above,
     STAGES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """A program's part of ``_norm_sums``."""
@@ -350,16 +302,39 @@ def _sums_of_rows(
         at = _offsets(row, column, channels)
         here = (row < end)[:, None] & inside[None, :]
         x = _values(x_ptr, at, here)
-        grad = _values(grad_ptr, at, here)
-        grad = _passed(
-            grad, x, mean, factor, bias, used_ptr, limits, WAY, HARD, QMIN, QMAX, FUSED,
-            x_ptr.dtype.element_ty, grad_ptr.dtype.element_ty,
-        )  # fmt: skip
-        if WAY != _CLAMP:
-            tl.store(out_ptr + at, grad.to(out_ptr.dtype.element_ty), mask=here)
+        y = _affine(x, mean[None, :], factor[None, :], bias[None, :], x_ptr.dtype.element_ty)
+        grad = _between(_values(grad_ptr, at, here), y, below, above)
         total += grad
         products += grad * (x - mean[None, :])
     return tl.sum(total, axis=0), tl.sum(products, axis=0)
+
+
+@triton.jit
+def _sums_past_gate(
+    x_ptr, grad_ptr, out_ptr, used_ptr, part, line, column, rows, chunk, channels, mean, factor, bias, by, g_by, y_by,
+    LOOKS_UP: tl.constexpr, HARD: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, FUSED: tl.constexpr,
+    STAGES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """``_sums_of_rows`` of what passes a gate, which is written down, rounded as its own tensor is."""
+    inside = column < channels
+    first = part * chunk
+    end = tl.minimum(first + chunk, rows)
+    kind: tl.constexpr = x_ptr.dtype.element_ty
+    total = tl.zeros((BR * BC,), tl.float32)
+    products = tl.zeros((BR * BC,), tl.float32)
+    for start in tl.range(first, end, BR, num_stages=STAGES):
+        row = start + line
+        at = row.to(tl.int64) * channels + column
+        here = (row < end) & inside
+        x = _values(x_ptr, at, here)
+        y = _affine(x, mean, factor, bias, kind)
+        grad = _values(grad_ptr, at, here)
+        grad = _gated_gradient(grad, y, used_ptr, by, g_by, y_by, LOOKS_UP, HARD, QMIN, QMAX, FUSED, kind)
+        grad = grad.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + at, grad, mask=here)
+        total += grad.to(tl.float32)
+        products += grad.to(tl.float32) * (x - mean)
+    return tl.sum(tl.reshape(total, (BR, BC)), axis=0), tl.sum(tl.reshape(products, (BR, BC)), axis=0)
 
 
 @triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_SMALL)
@@ -372,23 +347,27 @@ def _norm_sums(
     parts. What passes a gate is written down, since to find it again takes longer than to read it."""
     part, column = _place(tl.program_id(0), channels, BC)
     inside = column < channels
-    limits = _limits(kept_ptr, used_ptr, GATED)
     mean, inverse, factor, bias = _statistics(kept_ptr, weight_ptr, bias_ptr, channels, column, inside, AFFINE)
     if GATED:
-        if limits[0][3] & (QMAX - QMIN < CODES):
-            total, products = _sums_of_rows(
-                x_ptr, grad_ptr, out_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, limits,
-                _TABLE, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
+        by = _first_in_use(used_ptr)
+        g_by = _in_use(used_ptr + 3)
+        y_by = _in_use(used_ptr + 6)
+        _part, line, channel = _in_a_row(tl.program_id(0), channels, BR, BC)
+        mean, _inverse, factor, bias = _statistics(kept_ptr, weight_ptr, bias_ptr, channels, channel, channel < channels, AFFINE)
+        if by[3] & (QMAX - QMIN < CODES):
+            total, products = _sums_past_gate(
+                x_ptr, grad_ptr, out_ptr, used_ptr, part, line, channel, rows, chunk, channels, mean, factor, bias, by, g_by, y_by,
+                True, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
             )  # fmt: skip
         else:
-            total, products = _sums_of_rows(
-                x_ptr, grad_ptr, out_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, limits,
-                _GATE, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
+            total, products = _sums_past_gate(
+                x_ptr, grad_ptr, out_ptr, used_ptr, part, line, channel, rows, chunk, channels, mean, factor, bias, by, g_by, y_by,
+                False, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
             )  # fmt: skip
     else:
         total, products = _sums_of_rows(
-            x_ptr, grad_ptr, out_ptr, used_ptr, part, column, rows, chunk, channels, mean, factor, bias, limits,
-            _CLAMP, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
+            x_ptr, grad_ptr, part, column, rows, chunk, channels, mean, factor, bias,
+            tl.load(kept_ptr + 6), tl.load(kept_ptr + 7), STAGES, BR, BC,
         )  # fmt: skip
     at = part_ptr + part.to(tl.int64) * channels + column
     step = parts.to(tl.int64) * channels
