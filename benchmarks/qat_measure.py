@@ -18,11 +18,13 @@ from torch.profiler import ProfilerActivity, profile
 class Step:
     """Forward, cross entropy on float logits, backward, SGD with momentum, gradients dropped. Called, it returns the loss."""
 
-    def __init__(self, module: nn.Module, x: Tensor, y: Tensor, autocast: bool, mode: str, compile_mode: str) -> None:
+    def __init__(
+        self, module: nn.Module, x: Tensor, y: Tensor, autocast: bool, mode: str, compile_mode: str, filters: bool = False
+    ) -> None:
         self.module, self.x, self.y, self.autocast = module, x, y, autocast
         self.forward: Callable[[Tensor], Any] = module
         if mode == "compiled":
-            self.forward = compiled(module, compile_mode)
+            self.forward = compiled(module, compile_mode, filters)
         elif mode == "graphed":
             self.forward = graphed(module, x, autocast)
         self.optimizer = torch.optim.SGD(module.parameters(), lr=1e-4, momentum=0.9)
@@ -40,14 +42,19 @@ def _forward(module: nn.Module, x: Tensor) -> Any:
     return module(x)
 
 
-def compiled(module: nn.Module, mode: str) -> Callable[[Tensor], Any]:
-    """``module`` under torch.compile, with an entry of its own.
+def compiled(module: nn.Module, mode: str, filters: bool = False) -> Callable[[Tensor], Any]:
+    """``module`` under torch.compile, with an entry of its own; ``filters`` drops guards by ``eagerq.guard_filter``.
 
     torch.compile keeps what it compiled by code object, and all instances of a class share theirs: side by side, variants would
     walk each other's guards and use up one limit of recompilations.
     """
     entry = types.FunctionType(_forward.__code__.replace(), globals())
-    inner = torch.compile(entry, mode=mode)
+    options: dict[str, Any] = {"mode": mode}
+    if filters:  # a mode is a name of options, and goes with none
+        from eagerq import guard_filter
+
+        options = {"options": {**torch._inductor.list_mode_options(mode), "guard_filter_fn": guard_filter}}
+    inner = torch.compile(entry, **options)
     return lambda x: inner(module, x)
 
 

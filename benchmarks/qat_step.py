@@ -9,7 +9,8 @@ torch.compile, Triton and lazy set-up cost, from empty caches. An unmeasured flo
 no variant's first step. A variant that is not installed or fails is a row that says why.
 
 Precisions: fp32 (TF32 on CUDA), bf16 (autocast), pure-bf16 (weights too). Modes: eager, graphed (eager, with
-forward and backward each a CUDA graph; CUDA only), compiled (torch.compile).
+forward and backward each a CUDA graph; CUDA only), compiled (torch.compile). ``--guard-filter`` and ``--one-thread`` are for all
+variants alike.
 
 Usage: python benchmarks/qat_step.py [--models NAME ...] [--batch N] [--size PX] [--precisions fp32 bf16 pure-bf16]
            [--modes eager graphed compiled] [--variants float eagerq ...] [--rounds N] [--budget-seconds S] [--json PATH]
@@ -65,6 +66,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=5, help="steps after the first that are not measured")
     parser.add_argument("--profiled-steps", type=int, default=3)
     parser.add_argument("--compile-mode", default="default")
+    parser.add_argument("--guard-filter", action="store_true", help="compiled code drops guards by eagerq.guard_filter")
+    parser.add_argument("--one-thread", action="store_true", help="backward runs in the thread that calls it")
     parser.add_argument("--memory-format", choices=list(FORMATS), help="channels_last on CUDA, contiguous on a CPU")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU form")
     parser.add_argument("--device", help="cuda where there is one, else cpu")
@@ -121,7 +124,9 @@ class Group:
     def step_of(self, variant: str, mode: str) -> tuple[Step, str]:
         """A variant ready to take its first step, and its note."""
         built = VARIANTS[variant](float_model(self.model, self.x, FORMATS[self.options.memory_format]), self.x)
-        step = Step(built.module, self.x, self.y, self.precision == "bf16", mode, self.options.compile_mode)
+        step = Step(
+            built.module, self.x, self.y, self.precision == "bf16", mode, self.options.compile_mode, self.options.guard_filter
+        )
         return step, built.note
 
     def run(self) -> None:
@@ -229,6 +234,7 @@ def ready(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    torch.autograd.set_multithreading_enabled(not options.one_thread)
     with contextlib.suppress(Exception):  # then its rows say why
         importlib.import_module("eagerq")
 

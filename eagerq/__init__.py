@@ -2,6 +2,7 @@
 
 from eagerq import errors
 from eagerq.checkpoint import load_checkpoint
+from eagerq.compiling import guard_filter
 from eagerq.deploy import Export, Kernel, Verification, export_onnx, verify_deployment
 from eagerq.errors import EagerqError, GuardError
 from eagerq.exactness import ExactRun, exact_mode
@@ -67,6 +68,7 @@ __all__ = [
     "freeze_bn_stats",
     "fuse_modules",
     "guard",
+    "guard_filter",
     "load_checkpoint",
     "plan_fusion",
     "report",

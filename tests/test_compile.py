@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 import shutil
 import types
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -232,14 +234,14 @@ def test_inductor_agrees(form: str) -> None:
 class Pair:
     """A QAT net, compiled as one graph, and its twin that is not; and what one more step compiles."""
 
-    def __init__(self, model: nn.Module, preset: str = "onnxruntime", size: int = 32) -> None:
+    def __init__(self, model: nn.Module, preset: str = "onnxruntime", size: int = 32, **options: Any) -> None:
         self.size, self.steps = size, 0
         example = self.batch()
         self.eager: Any = eagerq.convert_qat(eagerq.fuse_modules(model, example_inputs=example), preset, example_inputs=example)
         self.eager.train()
         self.net = copy.deepcopy(self.eager)
         self.counter: Any = CompileCounter()
-        self.compiled = torch.compile(self.net, fullgraph=True, backend=self.counter)
+        self.compiled = torch.compile(self.net, fullgraph=True, backend=self.counter, options=options)
 
     def batch(self) -> Tensor:
         self.steps += 1
@@ -286,11 +288,15 @@ SWITCHES = (
 )
 
 
+FILTERED = {"guard_filter_fn": eagerq.guard_filter}
+
+
 @in_each_form
+@pytest.mark.parametrize("options", [{}, FILTERED], ids=["all guards", "filtered"])
 @pytest.mark.parametrize("preset", ["onnxruntime", "tensorrt"])
-def test_a_switch_compiles_once_and_never_on_the_way_back(preset: str, form: str) -> None:
+def test_a_switch_compiles_once_and_never_on_the_way_back(preset: str, options: dict[str, Any], form: str) -> None:
     torch.manual_seed(0)
-    pair = Pair(Small(), preset, 8)
+    pair = Pair(Small(), preset, 8, **options)
     assert [pair.step() for _ in range(3)] == [1, 0, 0]
     for most in (1, 0):  # the second time all is compiled
         for there, back in SWITCHES:
@@ -305,6 +311,63 @@ def test_a_switch_compiles_once_and_never_on_the_way_back(preset: str, form: str
             assert pair.step(with_gradient) == 0
         pair.apply(nn.Module.train)
         assert pair.step() == 0
+
+
+def _momentum(net: nn.Module) -> None:
+    for norm in net.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = 0.5
+
+
+def _frozen_weight(net: nn.Module) -> None:
+    next(m for m in net.modules() if isinstance(m, WithBn)).weight.requires_grad_(False)
+
+
+def _other_scale(net: nn.Module) -> None:
+    """Of a module that is not eagerq's."""
+    net.get_submodule("doubled").factor = 3.0
+
+
+def _other_method(net: nn.Module) -> None:
+    net.get_submodule("doubled").forward = lambda x: x + 1.0
+
+
+class Doubled(nn.Module):
+    factor = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+@pytest.mark.parametrize("change", [_momentum, _frozen_weight, _other_scale, _other_method])
+def test_a_filtered_model_sees_what_training_code_changes(change: Any) -> None:
+    """Values anywhere, and the structure of what is not eagerq's."""
+    torch.manual_seed(0)
+    layers = OrderedDict(conv=nn.Conv2d(3, 4, 3), bn=nn.BatchNorm2d(4), relu=nn.ReLU(), doubled=Doubled())
+    pair = Pair(nn.Sequential(layers), size=8, **FILTERED)
+    assert [pair.step() for _ in range(3)] == [1, 0, 0]
+    pair.apply(change)
+    assert [pair.step() for _ in range(2)] == [1, 0]
+
+
+def test_a_filter_drops_what_only_surgery_changes() -> None:
+    """Of the guards on eagerq's modules all that are no values; of others none."""
+    torch.manual_seed(0)
+    dropped, kept = [], []
+
+    def keep(guards: Any) -> list[bool]:
+        found = eagerq.guard_filter(guards)
+        for guard, stays in zip(guards, found, strict=True):
+            (kept if stays else dropped).append(guard)
+        return found
+
+    Pair(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), Doubled()), size=8, guard_filter_fn=keep).step()
+    ours = re.compile(r"[\w\[\]']+\._modules\['0'\]")  # whatever the frame's local is called
+    left = [guard.guard_type for guard in kept if ours.match(guard.name)]
+    assert len(dropped) > len(left)
+    assert all(ours.match(guard.name) for guard in dropped)
+    assert {"NOT_PRESENT_IN_GENERIC_DICT", "EMPTY_NN_MODULE_HOOKS_DICT", "TYPE_MATCH"}.isdisjoint(left)
+    assert {"TENSOR_MATCH", "CONSTANT_MATCH"} <= {*left}
 
 
 @in_each_form
@@ -374,8 +437,8 @@ def test_the_first_pass_over_a_norm_is_an_operator(name: str, form: str) -> None
 
 @pytest.mark.parametrize("gate", [nn.SiLU, nn.Hardswish])
 @pytest.mark.parametrize("form", ["operators"], indirect=True)
-def test_a_norm_before_a_gate_is_left_to_compilers(gate: type[nn.Module], form: str) -> None:
-    """And the gate with its quantizers is an operator."""
+def test_a_norm_and_its_gate_are_one_operator_for_compilers(gate: type[nn.Module], form: str) -> None:
+    """In the forward and in the backward."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), gate())
     fused = eagerq.fuse_modules(net, example_inputs=torch.randn(2, 3, 5, 5))
@@ -384,7 +447,7 @@ def test_a_norm_before_a_gate_is_left_to_compilers(gate: type[nn.Module], form: 
         x = channels_last(torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(seed)))
         assert_agree(compiled, eager, step(compiled, x), step(eager, x))
     found = [{name for name in operators_in(graph) if name != "fake_quantize_activation"} for graph in seen]
-    assert found == [{"native_batch_norm", "fake_quantize_gated"}, {"native_batch_norm", "gated_gradient"}]
+    assert found == [{"batch_norm_gated"}, {"batch_norm_gated_gradient"}]
 
 
 def _norms(dims: int, channels: int, affine: bool) -> Any:

@@ -29,8 +29,8 @@ from eagerq.quant.triton_norms import (
 )
 from eagerq.quant.triton_norms import forward as statistics
 
-#: As ``triton_norms._WRITES``.
-_WRITES = (2048, 8, 1)
+#: As ``triton_norms._GATED_SUMS``.
+_WRITES = (2048, 3, 1, 80)
 _POINTERS = [*_SMALL, *(f"{of}_{name}_ptr" for of in "gy" for name in ("scale", "zero", "least", "greatest", "scratch"))]
 
 
@@ -136,7 +136,7 @@ def forward(
     first, second = kept if weight is None else weight, kept if bias is None else bias
     flags = (weight is not None, hard, learns)
     key = (x.shape, x.get_device(), x.data_ptr() & 15, x.dtype, first.dtype, second.dtype, flags, constant is None, grid)
-    writes = _PLANS.get(key) or _new(key, _Plan(x, *_WRITES, _WRITTEN))
+    writes = _PLANS.get(key) or _new(key, _Plan(x, _WRITTEN, *_WRITES))
     writes.launch(
         _norm_gated_forward, stream, (x, out, first, second, kept, used, scratch[1], scratch[2], *state[4:]),
         (writes.rows, writes.chunk, writes.channels, float(constant or 0)),

@@ -40,10 +40,11 @@ NOT_A_NUMBER = tl.constexpr(0x7FFF7FFF)
 #: In place of a slope, where the last quantizer clips: a NaN that arithmetic does not give.
 CLIPPED = tl.constexpr(0x7FC00001)
 
-#: Values of one program's step, and its warps.
+#: Values of one program's step, its warps, and programs for each multiprocessor, forward, where they make tables, and backward.
 _BLOCK = 1024
-_WAVES = 5
 _WARPS = 4
+_WAVES = 5
+_BACKWARD_WAVES = 10
 
 #: Pointers to one value or a few, whose alignment is no matter.
 _SMALL = tuple(f"{of}{name}_ptr" for of in ("", "g_", "y_") for name in ("scale", "zero", "least", "greatest", "scratch"))
@@ -381,6 +382,6 @@ def backward(grad: Tensor, x: Tensor, out: Tensor, used: Tensor, hard: bool, qua
     n = x.numel()
     if n:
         _launch(
-            _gated_backward, _programs(x, n, _BLOCK, _WAVES), (grad, x, out, used), (n,), n,
+            _gated_backward, _programs(x, n, _BLOCK, _BACKWARD_WAVES), (grad, x, out, used), (n,), n,
             (hard, quant_min, quant_max, n % _BLOCK == 0, not _interprets(), _BLOCK), _WARPS,
         )  # fmt: skip

@@ -144,7 +144,9 @@ def _last_clipped(scale, end, side):
 
 
 @triton.jit
-def _passing(scale, zero, known, low, high, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr):
+def _passing(
+    scale, zero, known, low, high, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr
+):  # fmt: skip
     """Between which values the gradient passes an activation and its quantizer: where neither clamp nor clip holds the value."""
     below = tl.where(known, _last_clipped(scale, QMIN - zero, -1.0), float("-inf"))
     above = tl.where(known, _last_clipped(scale, QMAX - zero, 1.0), float("inf"))
@@ -473,7 +475,8 @@ def masked_gradient(grad: Tensor, mask: Tensor, out: Tensor) -> None:
     """Launch: ``out`` is ``grad`` where the mask's bit is set, else zero; both lie in memory alike."""
     n = grad.numel()
     if n:
-        _launch(_masked_gradient, _programs(grad, n, _BLOCK, _COPIES), (grad, mask, out), (n,), n, (n % _BLOCK == 0, _BLOCK), _WARPS)
+        programs = _programs(grad, n, _BLOCK, _COPIES)
+        _launch(_masked_gradient, programs, (grad, mask, out), (n,), n, (n % _BLOCK == 0, _BLOCK), _WARPS)
 
 
 def weight_forward(

@@ -41,8 +41,9 @@ from eagerq.quant.triton_kernels import (
 _FORWARD_SUMS = (4096, 2, 4)
 _BACKWARD_SUMS = (2048, 3, 3)
 _WRITES = (4096, 8, 3)
-#: Where a gate is looked up: loads of a table are not to be on their way ahead.
-_GATED_SUMS = (2048, 4, 1)
+#: Where a gate is looked up: loads of a table are not to be on their way ahead. With fewer registers a thread, more of them hide
+#: that memory answers late.
+_GATED_SUMS = (2048, 4, 1, 64)
 #: Most channels of a step of a pass that sums, unless there would be too many blocks of them, and of one that writes.
 _SUMMED = 32
 _WRITTEN = 64
@@ -356,13 +357,13 @@ def _norm_sums(
         mean, _inverse, factor, bias = _statistics(kept_ptr, weight_ptr, bias_ptr, channels, channel, channel < channels, AFFINE)
         if by[3] & (QMAX - QMIN < CODES):
             total, products = _sums_past_gate(
-                x_ptr, grad_ptr, out_ptr, used_ptr, part, line, channel, rows, chunk, channels, mean, factor, bias, by, g_by, y_by,
-                True, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
+                x_ptr, grad_ptr, out_ptr, used_ptr, part, line, channel, rows, chunk, channels, mean, factor, bias,
+                by, g_by, y_by, True, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
             )  # fmt: skip
         else:
             total, products = _sums_past_gate(
-                x_ptr, grad_ptr, out_ptr, used_ptr, part, line, channel, rows, chunk, channels, mean, factor, bias, by, g_by, y_by,
-                False, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
+                x_ptr, grad_ptr, out_ptr, used_ptr, part, line, channel, rows, chunk, channels, mean, factor, bias,
+                by, g_by, y_by, False, HARD, QMIN, QMAX, FUSED, STAGES, BR, BC,
             )  # fmt: skip
     else:
         total, products = _sums_of_rows(
@@ -423,9 +424,9 @@ def _norm_backward(
 
 class _Plan:
     """How the programs of a pass share x, ``parts`` of ``chunk`` rows each in tiles of (rows, channels), and the kernel compiled
-    for all that is as it was: a launch then looks nothing up."""
+    for all that is as it was: a launch then looks nothing up. ``registers`` is the most of a thread."""
 
-    def __init__(self, x: Tensor, tile: int, waves: int, stages: int, widest: int) -> None:
+    def __init__(self, x: Tensor, widest: int, tile: int, waves: int, stages: int, registers: int | None = None) -> None:
         self.channels = x.shape[1]
         self.rows = x.shape[0] * math.prod(x.shape[2:])
         wide = min(triton.next_power_of_2(self.channels), widest)
@@ -438,18 +439,19 @@ class _Plan:
         self.programs = self.parts * blocks
         self.layout = (stages, height, wide)
         self.added = min(max(_ADDED // wide, 1), triton.next_power_of_2(self.parts))
+        self.options = {"num_warps": _WARPS, "enable_fp_fusion": False, "maxnreg": registers}
         self.compiled: Any = None
 
     @classmethod
-    def of_sums(cls, x: Tensor, tile: int, waves: int, stages: int) -> _Plan:
-        return cls(x, tile, waves, stages, max(_SUMMED, triton.next_power_of_2(-(-x.shape[1] // plain.BLOCKS))))
+    def of_sums(cls, x: Tensor, *shape: Any) -> _Plan:
+        return cls(x, max(_SUMMED, triton.next_power_of_2(-(-x.shape[1] // plain.BLOCKS))), *shape)
 
     def launch(
         self, kernel: Any, stream: int, tensors: tuple[Tensor, ...], scalars: tuple[float, ...], constants: tuple[Any, ...]
     ) -> None:
         if self.compiled is None:
             constants = (*constants, *self.layout)
-            made = kernel[(self.programs,)](*tensors, *scalars, *constants, num_warps=_WARPS, enable_fp_fusion=False)
+            made = kernel[(self.programs,)](*tensors, *scalars, *constants, **self.options)
             self.compiled = made and (made.run, made.function, made.packed_metadata, constants)  # an interpreter gives None
         else:
             run, function, metadata, constants = self.compiled
@@ -491,7 +493,7 @@ def forward(
     flags = (weight is not None, batches is not None, observes, learns, low is not None, high is not None)
     key = (x.shape, x.get_device(), x.data_ptr() & 15, kinds, flags, low, high, min_max, grid)
     sums, writes, ends = _PLANS.get(key) or _new(
-        key, (_Plan.of_sums(x, *_FORWARD_SUMS), _Plan(x, *_WRITES, _WRITTEN), _ends(x, low, high))
+        key, (_Plan.of_sums(x, *_FORWARD_SUMS), _Plan(x, _WRITTEN, *_WRITES), _ends(x, low, high))
     )
     channels = sums.channels
     constant = float(constant or 0)  # of an integer Triton may make a constant
@@ -533,7 +535,7 @@ def backward(
         key,
         (
             _Plan.of_sums(x, *(_BACKWARD_SUMS if used is None else _GATED_SUMS)),
-            _Plan(x, *_WRITES, _WRITTEN),
+            _Plan(x, _WRITTEN, *_WRITES),
         ),
     )
     channels = sums.channels

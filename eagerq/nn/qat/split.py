@@ -91,13 +91,10 @@ class SplitActivation(nn.Module):
     def of_norm(self, norm: nn.Module, x: Tensor, quantizer: nn.Module | None) -> Tensor | None:
         """``quantizer(self(norm(x)))`` in the passes that the norm takes; None where its kernels do not serve.
 
-        Nor do they for compilers, which make a norm's passes themselves: that was faster (efficientnet_b0 on an H200).
-
         Args:
             norm: PyTorch's own batch norm, as ``is_plain_norm`` says; its statistics learn.
         """
-        serves = not torch.compiler.is_compiling() and has_channels_last(x)
-        quantizers = self._one_pass(x, quantizer) if serves else None
+        quantizers = self._one_pass(x, quantizer) if has_channels_last(x) else None
         if quantizers is None:
             return None
         states, scratch, learns = self._given(quantizers, x)
