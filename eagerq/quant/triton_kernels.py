@@ -20,8 +20,10 @@ from eagerq.quant.spec import Grid
 
 #: Values of one program's step, a multiple of 8: eight neighbours share a byte of the mask.
 _BLOCK = 2048
-#: Programs for each multiprocessor, as many as run there at once; each takes every so many-th block.
+#: Programs for each multiprocessor, as many as have registers there at once: of whole blocks of 16 bits, and of others. Each
+#: takes every so many-th block.
 _WAVES = 5
+_FEWER_WAVES = 3
 _WARPS = 8
 #: Programs of a pass that takes no part in a range.
 _COPIES = 16
@@ -464,10 +466,12 @@ def activation_forward(
     if n:
         state = (scale, zero_point, min_val, max_val, scale if scratch is None else scratch)
         ends = (float(low or 0), float(high or 0), float(constant or 0))
+        even = n % _BLOCK == 0
+        programs = _programs(x, n, _BLOCK, _WAVES if even and x.element_size() == 2 else _FEWER_WAVES)
         _launch(
-            _activation_forward, _programs(x, n, _BLOCK, _WAVES), (x, out, out if mask is None else mask, *state), (n, *ends), n,
-            (low is not None, high is not None, scratch is not None, mask is not None, *grid, constant is None,
-             n % _BLOCK == 0, not _interprets(), _BLOCK, _STAGES), _WARPS,
+            _activation_forward, programs, (x, out, out if mask is None else mask, *state), (n, *ends), n,
+            (low is not None, high is not None, scratch is not None, mask is not None, *grid, constant is None, even,
+             not _interprets(), _BLOCK, _STAGES), _WARPS,
         )  # fmt: skip
 
 
