@@ -191,12 +191,12 @@ class FakeQuantize(FollowsEngine, QuantState):
             and (self.training or self.profile is None)
             and (
                 torch.compiler.is_compiling()
-                or (fast_kernels.are_fast(x) and self._is_kernels(x))
+                or (fast_kernels.are_fast(x) and self.has_kernels_state(x))
                 or self._is_fast_on_cpu(x)
             )
         )
 
-    def _is_kernels(self, x: Tensor) -> bool:
+    def has_kernels_state(self, x: Tensor) -> bool:
         """Whether the state is what kernels read, where x lies: they are given addresses."""
         scale: Any = self._buffers["scale"]
         return bool(scale.dtype == torch.float32 and scale.device == x.device)
@@ -253,7 +253,7 @@ class FakeQuantize(FollowsEngine, QuantState):
             norm: PyTorch's own batch norm, as ``is_plain_norm`` says; its statistics learn.
         """
         learns = self.learns
-        if not (fast_kernels.are_fast(x) and has_channels_last(x) and self._is_kernels(x) and self.is_one_pass(x)):
+        if not (fast_kernels.are_fast(x) and has_channels_last(x) and self.has_kernels_state(x) and self.is_one_pass(x)):
             return None
         if learns and not self._keeps_ends:
             return None

@@ -67,7 +67,7 @@ class Observer(QuantState):
     """
 
     #: Set by ``enable_observer_sync``: the processes whose batches count as one.
-    ranks: Ranks | None = None
+    ranks: Ranks | None
 
     min_val: Tensor
     max_val: Tensor
@@ -80,6 +80,7 @@ class Observer(QuantState):
         self.channels = channels
         self.axis = axis
         self.memoryless = memoryless
+        self.ranks = None  # of the module's own, which compilers look at again, as they do not at its class's
         shape = () if channels is None else (channels,)
         self.register_buffer("min_val", torch.zeros(shape, device=device))
         self.register_buffer("max_val", torch.zeros(shape, device=device))

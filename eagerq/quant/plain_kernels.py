@@ -31,7 +31,7 @@ KEPT = 8 + BLOCKS
 #: Codes of a table.
 CODES = 256
 #: What a gate's forward keeps: ``NUMBERS``, which are scale, zero point and whether a range was known, of three quantizers; then
-#: a kernel's own two, and its tables by the first one's code, which are there if its range was known, and begin so.
+#: two of a kernel's own; and, if the first one's range was known, a kernel's tables by its code, which begin here.
 NUMBERS = 9
 ENTRIES = 2 * CODES  # the last is for NaN
 RESULTS, SLOPES, PRODUCTS = 16, 16 + ENTRIES, 16 + 2 * ENTRIES

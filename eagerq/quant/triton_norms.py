@@ -439,7 +439,7 @@ class _Plan:
         self.programs = self.parts * blocks
         self.layout = (stages, height, wide)
         self.added = min(max(_ADDED // wide, 1), triton.next_power_of_2(self.parts))
-        self.options = {"num_warps": _WARPS, "enable_fp_fusion": False, "maxnreg": registers}
+        self.options = {"num_warps": _WARPS, "enable_fp_fusion": False, **({"maxnreg": registers} if registers else {})}
         self.compiled: Any = None
 
     @classmethod

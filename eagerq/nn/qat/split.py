@@ -110,6 +110,8 @@ class SplitActivation(nn.Module):
         like = (first.spec, first.learns)
         if not fast_kernels.are_fast(x) or any((q.spec, q.learns) != like or not q.is_one_pass(x) for q in three):
             return None
+        if not all(q.has_kernels_state(x) for q in three):  # which compilers have not asked yet
+            return None
         if (first.learns and not all(q.is_learned_by_kernels for q in three)) or any(map(is_hooked, (self, self.act, *three))):
             return None
         return three
