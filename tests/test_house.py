@@ -26,7 +26,7 @@ FLOORS = (
     ("integrations", "surgery", "inputs", "trace", "values", "meta_forms", "recorder", "dataflow", "checks"),
     ("patterns",),
     ("record", "plan", "evidence", "trial", "planner", "placement", "conversion", "chains", "guarding", "unfusing"),
-    ("workflow", "verify", "checkpoint", "exactness"),
+    ("workflow", "verify", "checkpoint", "exactness", "compiling"),
     ("deploy",),
     ("cli", "demo", "__main__"),
 )
