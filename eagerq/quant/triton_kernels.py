@@ -100,11 +100,7 @@ def _merged(low, high, least, greatest, constant, MIN_MAX: tl.constexpr):
 
 @triton.jit
 def _code(x, scale, inverse, least, most, FUSED: tl.constexpr):
-    """Codes less the zero point of x between ``least`` and ``most``, which lie within the grid or one code beyond.
-
-    The quotient is corrected twice by its residual, which a fused product has exactly: it is then the one nearest to x / scale
-    (Markstein, 1990).
-    """
+    """Codes less the zero point of x between ``least`` and ``most``, which lie within the grid or one code beyond."""
     return _nearest(_clamp(x, least, most), scale, inverse, FUSED)
 
 
@@ -116,7 +112,11 @@ def _nearest(x, scale, inverse, FUSED: tl.constexpr):
 
 @triton.jit
 def _raised(x, scale, inverse, FUSED: tl.constexpr):
-    """``_nearest`` and 12582912, whose last digits as a float32 are units: an addition that rounds half to even."""
+    """``_nearest`` and 12582912, whose last digits as a float32 are units: an addition that rounds half to even.
+
+    The quotient is corrected twice by its residual, which a fused product has exactly: it is then the one nearest to x / scale
+    (Markstein, 1990).
+    """
     if FUSED:
         v = x * inverse
         v = tl.fma(tl.fma(v, -scale, x), inverse, v)
