@@ -13,6 +13,7 @@ from torch import Tensor
 from eagerq.quant import plain_kernels as plain
 from eagerq.quant.spec import Grid
 from eagerq.quant.triton_kernels import (
+    UNITS,
     _clamp,
     _coded,
     _give,
@@ -30,10 +31,11 @@ from eagerq.quant.triton_kernels import (
 
 #: The tables of a gate in what its forward keeps: entries of each, and where they begin.
 CODES = tl.constexpr(plain.CODES)
-LIMITS = tl.constexpr(plain.NUMBERS)
 RESULTS = tl.constexpr(plain.RESULTS)
 SLOPES = tl.constexpr(plain.SLOPES)
 PRODUCTS = tl.constexpr(plain.PRODUCTS)
+#: Where in what its forward keeps the two values begin between which the first quantizer passes the gradient.
+LIMITS = tl.constexpr(plain.NUMBERS)
 #: Where in a table NaN is, and what it is there.
 LAST = tl.constexpr(plain.ENTRIES - 1)
 NOT_A_NUMBER = tl.constexpr(0x7FFF7FFF)
@@ -204,7 +206,7 @@ def _gated(
 def _gate_of(raised, by, LOOKS_UP: tl.constexpr, HARD: tl.constexpr, FUSED: tl.constexpr, KIND: tl.constexpr):
     """The gate of what ``_gated`` gives."""
     if LOOKS_UP:
-        return _gate(((raised - 12582912.0) * by[0]).to(KIND).to(tl.float32), HARD, FUSED).to(KIND).to(tl.float32)
+        return _gate(((raised - UNITS) * by[0]).to(KIND).to(tl.float32), HARD, FUSED).to(KIND).to(tl.float32)
     else:  # noqa: RET505
         return raised
 

@@ -20,8 +20,8 @@ from eagerq.quant.spec import Grid
 
 #: Values of one program's step, a multiple of 8: eight neighbours share a byte of the mask.
 _BLOCK = 2048
-#: Programs for each multiprocessor, as many as have registers there at once: of whole blocks of 16 bits, and of others. Each
-#: takes every so many-th block.
+#: Programs for each multiprocessor, each of which takes every so many-th block: of whole blocks of 16 bits as many as have
+#: registers there at once, of others what was fastest.
 _WAVES = 5
 _FEWER_WAVES = 3
 _WARPS = 8
@@ -29,6 +29,8 @@ _WARPS = 8
 _COPIES = 16
 #: Steps whose values are on their way at once.
 _STAGES = 3
+#: 1.5 * 2^23: of a float32 of that size the last digits are units, so that adding it rounds half to even.
+UNITS = tl.constexpr(12582912.0)
 
 
 @triton.jit
@@ -48,7 +50,7 @@ def _value(key):
 @triton.jit
 def _round(x):
     """Half to even, for magnitudes up to 2^22: a float32 of 2^23 and more has no fraction."""
-    return (x + 12582912.0) - 12582912.0
+    return (x + UNITS) - UNITS
 
 
 @triton.jit
@@ -107,12 +109,12 @@ def _code(x, scale, inverse, least, most, FUSED: tl.constexpr):
 @triton.jit
 def _nearest(x, scale, inverse, FUSED: tl.constexpr):
     """``_code`` of what is clamped already."""
-    return _raised(x, scale, inverse, FUSED) - 12582912.0
+    return _raised(x, scale, inverse, FUSED) - UNITS
 
 
 @triton.jit
 def _raised(x, scale, inverse, FUSED: tl.constexpr):
-    """``_nearest`` and 12582912, whose last digits as a float32 are units: an addition that rounds half to even.
+    """``_nearest`` and ``UNITS``.
 
     The quotient is corrected twice by its residual, which a fused product has exactly: it is then the one nearest to x / scale
     (Markstein, 1990).
@@ -123,7 +125,7 @@ def _raised(x, scale, inverse, FUSED: tl.constexpr):
         v = tl.fma(tl.fma(v, -scale, x), inverse, v)
     else:  # an interpreter has no fused product
         v = tl.math.div_rn(x, scale)
-    return v + 12582912.0
+    return v + UNITS
 
 
 @triton.jit
