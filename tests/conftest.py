@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
+import interpreted
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from eagerq.quant import fast_kernels
 
 _SLOW_IS_FINE = [HealthCheck.too_slow]
 settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True, suppress_health_check=_SLOW_IS_FINE)
@@ -18,3 +22,41 @@ torch.set_num_threads(1)  # the tensors here are tiny
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def plain_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors take the ways of CUDA tensors, as on a machine without Triton."""
+    monkeypatch.setattr(fast_kernels, "_triton", lambda name: None)
+    monkeypatch.setattr(fast_kernels, "are_fast", lambda x: x.dtype in fast_kernels.DTYPES)
+    monkeypatch.setattr(
+        fast_kernels,
+        "is_plain",
+        lambda x: fast_kernels.is_tensor(x) and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack(),
+    )
+
+
+@pytest.fixture
+def launches(plain_launches: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """CPU tensors take the ways of CUDA tensors, to interpreted kernels; how often each was launched."""
+    counts: dict[str, int] = {}
+    modules = {name: interpreted.kernels(name) for name in interpreted.NEEDS}  # all, before any of them is changed
+
+    def count(module: Any, name: str, as_name: str) -> None:
+        launch = getattr(module, name)
+
+        def counting(*args: Any) -> None:
+            counts[as_name] = counts.get(as_name, 0) + 1
+            launch(*args)
+
+        monkeypatch.setattr(module, name, counting)
+
+    for name in ("activation_forward", "masked_gradient", "weight_forward"):
+        count(modules["kernels"], name, name)
+    for name in ("forward", "backward"):
+        count(modules["gates"], name, f"gated_{name}")
+        count(modules["norms"], name, f"norm_{name}")
+    count(modules["gated_norms"], "statistics", "norm_forward")
+    count(modules["gated_norms"], "forward", "norm_gated_forward")
+    monkeypatch.setattr(fast_kernels, "_triton", interpreted.kernels)
+    return counts

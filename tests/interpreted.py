@@ -46,12 +46,13 @@ def interpreter() -> Iterator[None]:
         yield
 
 
-#: The modules of kernels, each with those that its kernels call.
+#: The modules of kernels, each with those that it takes from.
 NEEDS: dict[str, tuple[str, ...]] = {
-    "kernels": (),
-    "gates": ("kernels",),
-    "norms": ("kernels", "gates"),
-    "gated_norms": ("kernels", "gates", "norms"),
+    "launch": (),
+    "kernels": ("launch",),
+    "gates": ("launch", "kernels"),
+    "norms": ("launch", "kernels", "gates"),
+    "gated_norms": ("launch", "kernels", "gates", "norms"),
 }
 
 
@@ -62,10 +63,8 @@ def kernels(name: str) -> ModuleType:
         for needed in NEEDS[name]:
             patch.setitem(sys.modules, f"eagerq.quant.triton_{needed}", kernels(needed))
         copy = _copied(f"triton_{name}")
-    if name == "kernels":
-        vars(copy)["_launch"] = _interpreted(copy._launch)
-    if name == "norms":
-        copy._Plan.launch = _interpreted(copy._Plan.launch)
+    if name == "launch":
+        copy.Plan.launch = _interpreted(copy.Plan.launch)
     return copy
 
 

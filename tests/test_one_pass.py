@@ -7,7 +7,6 @@ import itertools
 import math
 from typing import Any
 
-import interpreted
 import numpy as np
 import oracles
 import pytest
@@ -279,38 +278,6 @@ def assert_close(found: list[dict[str, Tensor]], wanted: list[dict[str, Tensor]]
         for key, value in theirs.items():
             tolerance = {"rtol": 0.0, "atol": 0.0} if exact else {"rtol": 1e-5, "atol": 1e-6}
             torch.testing.assert_close(mine[key], value, **tolerance, msg=lambda m, key=key: f"{key}: {m}")
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """CPU tensors take the ways of CUDA tensors, to interpreted kernels; how often each was launched."""
-    counts: dict[str, int] = {}
-    modules = {name: interpreted.kernels(name) for name in interpreted.NEEDS}  # all, before any of them is changed
-
-    def count(module: Any, name: str, as_name: str) -> None:
-        launch = getattr(module, name)
-
-        def counting(*args: Any) -> None:
-            counts[as_name] = counts.get(as_name, 0) + 1
-            launch(*args)
-
-        monkeypatch.setattr(module, name, counting)
-
-    for name in ("activation_forward", "masked_gradient", "weight_forward"):
-        count(modules["kernels"], name, name)
-    for name in ("forward", "backward"):
-        count(modules["gates"], name, f"gated_{name}")
-        count(modules["norms"], name, f"norm_{name}")
-    count(modules["gated_norms"], "statistics", "norm_forward")
-    count(modules["gated_norms"], "forward", "norm_gated_forward")
-    monkeypatch.setattr(fast_kernels, "_triton", interpreted.kernels)
-    monkeypatch.setattr(fast_kernels, "are_fast", lambda x: x.dtype in fast_kernels.DTYPES)
-    monkeypatch.setattr(
-        fast_kernels,
-        "is_plain",
-        lambda x: fast_kernels.is_tensor(x) and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack(),
-    )
-    return counts
 
 
 GATES = {"SiLU": nn.SiLU, "Hardswish": nn.Hardswish}

@@ -22,6 +22,7 @@ from eagerq.quant.functional import (
 )
 from eagerq.quant.observer import Observer, QuantState, merged_scalars
 from eagerq.quant.plain_kernels import WORDS, State, has_channels_last, state_before
+from eagerq.quant.settled import Settles
 from eagerq.quant.spec import QuantSpec
 
 
@@ -30,7 +31,7 @@ def is_recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-class FakeQuantize(FollowsEngine, QuantState):
+class FakeQuantize(Settles, FollowsEngine, QuantState):
     r"""Replaces each value by the real value of its code (see ``functional.fake_quantize``).
 
     In training an activation is quantized by the scale known before the batch, and its range learns from the batch in
@@ -156,8 +157,15 @@ class FakeQuantize(FollowsEngine, QuantState):
     def forward(self, x: Tensor) -> Tensor:
         if self.memoryless:
             return self.of_weight(x)
+        settled = self.settled()
+        if settled is not None and settled.serves(x):
+            return settled.call(x)
         if self.is_one_pass(x):
-            return self.of_activation(x)
+            out = self.of_activation(x)
+            if type(self) is FakeQuantize and fast_kernels.is_plain(x) and fast_kernels.are_fast(x):
+                call = self.activation_call((None, None)) if self.is_settled else None
+                self.settle(("forward",), (self.activation_post_process,), None, x, call)
+            return out
         if self.profile is not None and not self.training and self.fake_quant_enabled and self.is_ready():
             return encode(x, self.spec, self.scale, self.zero_point, self.profile)
         if not self.learns:
@@ -271,6 +279,23 @@ class FakeQuantize(FollowsEngine, QuantState):
         elif learns:
             self._note_observed()
         return out
+
+    def norm_call(self, norm: nn.Module, bounds: Bounds) -> operators.Call:
+        """What ``of_norm`` does while nothing changes that it looks at; for where ``is_settled``."""
+        scratch: Any = self._buffers["scratch"]
+        return operators.norm_call(norm, self.state, scratch, self.learns, bounds, self.constant, self._grid)
+
+    def activation_call(self, bounds: Bounds) -> operators.Call:
+        """What ``of_activation`` does with what a kernel serves, while nothing changes that it looks at."""
+        scratch: Any = self._buffers["scratch"]
+        return operators.activation_call(self.state, scratch if self.learns else None, bounds, self.constant, self._grid)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the next batch finds a kernel's state as this one did: on one rank, and not in a backward."""
+        if is_recomputing():
+            return False
+        return not self.learns or (self.is_learned_by_kernels and self.activation_post_process.ranks is None)
 
     def _by_kernel(self, x: Tensor, bounds: Bounds) -> Tensor:
         state, scratch, learns, by_kernel = self.state, None, self.learns, self.is_learned_by_kernels

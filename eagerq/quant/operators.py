@@ -24,6 +24,7 @@ and written in place.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ from eagerq.quant import plain_kernels as plain
 from eagerq.quant.functional import Bounds
 from eagerq.quant.plain_kernels import State, memory_format
 from eagerq.quant.spec import Grid
+
+#: An operator of one tensor, bound to all else that it takes.
+Call = Callable[[Tensor], Tensor]
 
 _GRID = "int quant_min, int quant_max, int levels, int fixed_zero_point, bool symmetric, bool power_of_two"
 _STATE = "Tensor(a!) scale, Tensor(b!) zero_point, Tensor(c!) min_val, Tensor(d!) max_val"
@@ -102,12 +106,17 @@ def fake_quantize_activation(
         constant: of the moving average; None takes the least and greatest of all batches.
         grid: the codes.
     """
-    needs_mask = torch.is_grad_enabled() and x.requires_grad
-    if fast.is_plain(x):
-        out: Tensor = _Activation.apply(x, (*state, scratch, *bounds, constant, *grid, needs_mask))[0]  # type: ignore[no-untyped-call]
-        return out
-    out = _activation(x, *state, scratch, *bounds, constant, *grid, needs_mask)[0]
+    rest = (*state, scratch, *bounds, constant, *grid, torch.is_grad_enabled() and x.requires_grad)
+    out: Tensor = _ActivationNow.apply(x, rest) if fast.is_plain(x) else _activation(x, *rest)[0]  # type: ignore[no-untyped-call]
     return out
+
+
+def activation_call(state: State, scratch: Tensor | None, bounds: Bounds, constant: float | None, grid: Grid) -> Call:
+    """``fake_quantize_activation`` of tensors that are plain, bound to all else."""
+    rest = (*state, scratch, *bounds, constant, *grid)
+    without, masked = (*rest, False), (*rest, True)
+    apply: Any = _ActivationNow.apply
+    return lambda x: apply(x, masked if x.requires_grad and torch.is_grad_enabled() else without)
 
 
 def fake_quantize_gated(
@@ -122,12 +131,19 @@ def fake_quantize_gated(
         hard: the gate is a hard sigmoid.
         constant, grid: of all three.
     """
-    flat = [t for state in states for t in state]
     if fast.is_plain(x):
-        out: Tensor = _Gated.apply(x, (flat, scratch, hard, constant, *grid))[0]  # type: ignore[no-untyped-call]
-        return out
-    out = _gated(x, flat, scratch, hard, constant, *grid)[0]
+        return gated_call(states, scratch, hard, constant, grid)(x)
+    out: Tensor = _gated(x, [t for state in states for t in state], scratch, hard, constant, *grid)[0]
     return out
+
+
+def gated_call(
+    states: tuple[State, State, State], scratch: list[Tensor], hard: bool, constant: float | None, grid: Grid
+) -> Call:
+    """``fake_quantize_gated`` of tensors that are plain, bound to all else."""
+    rest = ([t for state in states for t in state], scratch, hard, constant, *grid)
+    apply: Any = _GatedNow.apply
+    return lambda x: apply(x, rest)
 
 
 def batch_norm_activation(
@@ -168,13 +184,33 @@ def batch_norm_gated(
         scratch: of the three quantizers.
         learns: whether their states learn.
     """
+    if fast.is_plain(x):
+        return norm_gated_call(norm, states, scratch, learns, hard, constant, grid)(x)
+    weight, bias, of_norm = _of(norm)
+    states_ = [t for state in states for t in state]
+    out: Tensor = _norm_gated(x, weight, bias, *of_norm, states_, scratch, learns, hard, constant, *grid)[0]
+    return out
+
+
+def norm_call(
+    norm: Any, state: State, scratch: Tensor, learns: bool, bounds: Bounds, constant: float | None, grid: Grid
+) -> Call:
+    """``batch_norm_activation`` of tensors that are plain, bound to all else; for where the state learns what is observed."""
+    weight, bias, of_norm = _of(norm)
+    rest = (*of_norm, *state, scratch, learns, learns, *bounds, constant, *grid)
+    apply: Any = _NormNow.apply
+    return lambda x: apply(x, weight, bias, rest)
+
+
+def norm_gated_call(
+    norm: Any, states: tuple[State, State, State], scratch: list[Tensor], learns: bool, hard: bool, constant: float | None,
+    grid: Grid,
+) -> Call:  # fmt: skip
+    """``batch_norm_gated`` of tensors that are plain, bound to all else."""
     weight, bias, of_norm = _of(norm)
     rest = (*of_norm, [t for state in states for t in state], scratch, learns, hard, constant, *grid)
-    if fast.is_plain(x):
-        out: Tensor = _NormGated.apply(x, weight, bias, rest)[0]  # type: ignore[no-untyped-call]
-        return out
-    out = _norm_gated(x, weight, bias, *rest)[0]
-    return out
+    apply: Any = _NormGatedNow.apply
+    return lambda x: apply(x, weight, bias, rest)
 
 
 def _of(norm: Any) -> tuple[Any, ...]:
@@ -280,7 +316,7 @@ class _Activation(torch.autograd.Function):
         return out, mask
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, None]:  # type: ignore[override]
         if grad is None:
             return None, None
         (mask,) = ctx.saved_tensors
@@ -288,6 +324,18 @@ class _Activation(torch.autograd.Function):
             return _traced_gradient(grad, mask, ctx.format), None
         gradient: Any = fast.masked_gradient if not torch.is_grad_enabled() and fast.is_plain(grad) else _gradient
         return gradient(grad.contiguous(memory_format=ctx.format), mask), None
+
+
+class _ActivationNow(_Activation):
+    """Of a plain tensor, the result alone: what else an operator gives autograd would wrap too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> Tensor:  # type: ignore[override]
+        out, mask = fast.activation(x, *rest)
+        ctx.save_for_backward(mask)
+        ctx.set_materialize_grads(False)
+        ctx.format = memory_format(out)
+        return out
 
 
 class _Gradient(torch.autograd.Function):
@@ -309,19 +357,33 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         out, used = _below(x, _gated_below, fast.gated, *rest)
-        ctx.save_for_backward(x, used)
         ctx.mark_non_differentiable(used)
-        ctx.set_materialize_grads(False)
-        _, _, hard, _, quant_min, quant_max, *_ = rest
-        ctx.arguments = hard, quant_min, quant_max
+        _Gated.keep(ctx, x, used, rest)
         return out, used
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, None]:  # type: ignore[override]
+    def keep(ctx: Any, x: Tensor, used: Tensor, rest: tuple[Any, ...]) -> None:
+        ctx.save_for_backward(x, used)
+        ctx.set_materialize_grads(False)
+        _, _, hard, _, quant_min, quant_max, *_ = rest
+        ctx.arguments = hard, quant_min, quant_max
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, None]:  # type: ignore[override]
         if grad is None:
             return None, None
         gradient: Any = fast.gated_gradient if not torch.is_grad_enabled() and fast.is_plain(grad) else _gated_gradient
         return gradient(grad, *ctx.saved_tensors, *ctx.arguments), None
+
+
+class _GatedNow(_Gated):
+    """As ``_ActivationNow``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> Tensor:  # type: ignore[override]
+        out, used = fast.gated(x, *rest)
+        _Gated.keep(ctx, x, used, rest)
+        return out
 
 
 class _Norm(torch.autograd.Function):
@@ -340,7 +402,7 @@ class _Norm(torch.autograd.Function):
         return out, kept
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad is None:
             return None, None, None, None
         if torch.is_grad_enabled():  # somebody will differentiate the gradient
@@ -354,18 +416,35 @@ class _Norm(torch.autograd.Function):
         return out, *_parameters_gradient(ctx, found, weight, bias), None
 
 
+class _NormNow(_Norm):
+    """As ``_ActivationNow``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: tuple[Any, ...]) -> Tensor:  # type: ignore[override]
+        out, kept = fast.norm_activation(x, weight, bias, *rest)
+        low, high, _, quant_min, quant_max, *_ = rest[12:]
+        ctx.arguments, ctx.eps = (low, high, quant_min, quant_max), rest[4]
+        ctx.save_for_backward(x, weight, bias, kept)
+        ctx.set_materialize_grads(False)
+        return out
+
+
 class _NormGated(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
         out, used, kept = _below(x, _norm_gated_below, fast.norm_gated, weight, bias, *rest)
-        ctx.save_for_backward(x, weight, bias, kept, used)
         ctx.mark_non_differentiable(used, kept)
+        _NormGated.keep(ctx, (x, weight, bias, kept, used), rest)
+        return out, used, kept
+
+    @staticmethod
+    def keep(ctx: Any, saved: tuple[Tensor | None, ...], rest: tuple[Any, ...]) -> None:
+        ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
         hard, _, quant_min, quant_max, *_ = rest[8:]
         ctx.arguments, ctx.eps = (hard, quant_min, quant_max), rest[4]
-        return out, used, kept
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -381,13 +460,27 @@ class _NormGated(torch.autograd.Function):
         return out, *_parameters_gradient(ctx, found, *saved[1:3]), None
 
 
+class _NormGatedNow(_NormGated):
+    """As ``_ActivationNow``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: tuple[Any, ...]) -> Tensor:  # type: ignore[override]
+        out, used, kept = fast.norm_gated(x, weight, bias, *rest)
+        _NormGated.keep(ctx, (x, weight, bias, kept, used), rest)
+        return out
+
+
 def _parameters_gradient(ctx: Any, found: Tensor, weight: Any, bias: Any) -> tuple[Tensor | None, Tensor | None]:
     """Of weight and bias, of what ``norm_sums`` finds."""
     needs = ctx.needs_input_grad
     if not (needs[1] or needs[2]):
         return None, None
     of_bias, of_weight = found.unbind()
-    return of_weight.to(weight.dtype) if needs[1] else None, of_bias.to(bias.dtype) if needs[2] else None
+    if weight.dtype != found.dtype:
+        of_weight = of_weight.to(weight.dtype)
+    if bias.dtype != found.dtype:
+        of_bias = of_bias.to(bias.dtype)
+    return of_weight if needs[1] else None, of_bias if needs[2] else None
 
 
 def _norms_own_gradient(ctx: Any, grad: Tensor) -> list[Tensor | None]:

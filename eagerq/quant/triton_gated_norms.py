@@ -13,20 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from eagerq.quant.triton_gates import CODES, _by, _gate_of, _gated, _in_use, _learn_both, _product_of, _tabulate, _used
-from eagerq.quant.triton_kernels import _give, _interprets, _seen, _state, stream_of
-from eagerq.quant.triton_norms import (
-    _INTEGERS,
-    _PLANS,
-    _SMALL,
-    _WRITTEN,
-    _affine,
-    _in_a_row,
-    _is_last,
-    _new,
-    _Plan,
-    _statistics,
-    _values,
-)
+from eagerq.quant.triton_kernels import _give, _interprets, _seen, _state
+from eagerq.quant.triton_launch import planned, remember, stream_of
+from eagerq.quant.triton_norms import _INTEGERS, _SMALL, Pass, _affine, _in_a_row, _is_last, _statistics, _values
 from eagerq.quant.triton_norms import forward as statistics
 
 #: As ``triton_norms._GATED_SUMS``.
@@ -135,10 +124,12 @@ def forward(
     )  # fmt: skip
     first, second = kept if weight is None else weight, kept if bias is None else bias
     flags = (weight is not None, hard, learns)
-    key = (x.shape, x.get_device(), x.data_ptr() & 15, x.dtype, first.dtype, second.dtype, flags, constant is None, grid)
-    writes = _PLANS.get(key) or _new(key, _Plan(x, _WRITTEN, *_WRITES))
+    kinds = (x.dtype, first.dtype, second.dtype)
+    key = ("gated norm", x.shape, x.get_device(), x.data_ptr() & 15, kinds, flags, constant is None, grid)
+    writes = planned(key) or remember(
+        key, Pass(x, _norm_gated_forward, (*flags, *grid, constant is None, not _interprets()), False, *_WRITES)
+    )
     writes.launch(
-        _norm_gated_forward, stream, (x, out, first, second, kept, used, scratch[1], scratch[2], *state[4:]),
+        stream, (x, out, first, second, kept, used, scratch[1], scratch[2], *state[4:]),
         (writes.rows, writes.chunk, writes.channels, float(constant or 0)),
-        (*flags, *grid, constant is None, not _interprets()),
     )  # fmt: skip

@@ -6,6 +6,7 @@ until there is one, all is computed.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,16 +19,15 @@ from eagerq.quant.triton_kernels import (
     _coded,
     _give,
     _interprets,
-    _launch,
     _learn,
     _load,
     _passing,
-    _programs,
     _raised,
     _seen,
     _state,
     _store,
 )
+from eagerq.quant.triton_launch import Plan, address, planned, programs, remember, stream_of
 
 #: The tables of a gate in what its forward keeps: entries of each, and where they begin.
 CODES = tl.constexpr(plain.CODES)
@@ -370,20 +370,40 @@ def forward(
     grid: Grid,
 ) -> None:  # fmt: skip
     """Launch: ``out`` of ``x``, and ``used``, what its backward needs; with ``scratch`` the state learns."""
-    n = x.numel()
-    if n:
-        _launch(
-            _gated_forward, _programs(x, n, _BLOCK, _WAVES),
-            (x, out, used, *(scratch or [used] * 3), *state), (n, float(constant or 0)), n,
-            (hard, bool(scratch), *grid, constant is None, n % _BLOCK == 0, not _interprets(), _BLOCK), _WARPS,
+    n, stream = x.numel(), stream_of(x)
+    if stream is None:
+        with torch.cuda.device(x.device):
+            forward(x, out, used, scratch, state, hard, constant, grid)
+    elif n:
+        key = (
+            "gate", n, x.dtype, x.get_device(), address(x) & 15, address(out) & 15, bool(scratch), hard, constant, grid,
         )  # fmt: skip
+        plan = planned(key) or remember(
+            key,
+            Plan(
+                _gated_forward, programs(x, n, _BLOCK, _WAVES),
+                (hard, bool(scratch), *grid, constant is None, n % _BLOCK == 0, not _interprets(), _BLOCK), num_warps=_WARPS,
+            ),
+        )  # fmt: skip
+        plan.launch(stream, (x, out, used, *(scratch or [used] * 3), *state), (n, float(constant or 0)))
 
 
 def backward(grad: Tensor, x: Tensor, out: Tensor, used: Tensor, hard: bool, quant_min: int, quant_max: int) -> None:
     """Launch: the gradient of ``forward``; all lie in memory alike."""
-    n = x.numel()
-    if n:
-        _launch(
-            _gated_backward, _programs(x, n, _BLOCK, _BACKWARD_WAVES), (grad, x, out, used), (n,), n,
-            (hard, quant_min, quant_max, n % _BLOCK == 0, not _interprets(), _BLOCK), _WARPS,
+    n, stream = x.numel(), stream_of(x)
+    if stream is None:
+        with torch.cuda.device(x.device):
+            backward(grad, x, out, used, hard, quant_min, quant_max)
+    elif n:
+        key = (
+            "gated gradient", n, grad.dtype, x.dtype, x.get_device(), address(grad) & 15, address(x) & 15, address(out) & 15,
+            hard, quant_min, quant_max,
         )  # fmt: skip
+        plan = planned(key) or remember(
+            key,
+            Plan(
+                _gated_backward, programs(x, n, _BLOCK, _BACKWARD_WAVES),
+                (hard, quant_min, quant_max, n % _BLOCK == 0, not _interprets(), _BLOCK), num_warps=_WARPS,
+            ),
+        )  # fmt: skip
+        plan.launch(stream, (grad, x, out, used), (n,))

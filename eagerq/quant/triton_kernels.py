@@ -9,7 +9,6 @@ bits wide.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import triton
@@ -17,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from eagerq.quant.spec import Grid
+from eagerq.quant.triton_launch import Plan, address, planned, programs, remember, stream_of
 
 #: Values of one program's step, a multiple of 8: eight neighbours share a byte of the mask.
 _BLOCK = 2048
@@ -398,65 +398,10 @@ def _weight_forward(
 
 # --- launches
 
-_COMPILED: dict[Any, Any] = {}
-_PROCESSORS: dict[int, int] = {}
-
 
 @functools.cache
 def _interprets() -> bool:
     return not isinstance(_code, triton.runtime.JITFunction)
-
-
-#: Triton asks the driver about each tensor that it is given, and nothing about addresses.
-address: Any = Tensor.data_ptr
-
-
-def _launch(
-    kernel: Any, programs: int, tensors: tuple[Tensor, ...], scalars: tuple[float, ...], n: int, constants: tuple[Any, ...],
-    warps: int,
-) -> None:  # fmt: skip
-    """``kernel`` by its arguments and its compile-time ``constants``, in the order of its parameters.
-
-    Triton looks a compiled kernel up by all its arguments, which takes longer than a small kernel runs. Here what decides is
-    looked up: the constants, the device, the dtypes of the large tensors, which come first, and whether their addresses and
-    ``n``, the one integer among the arguments, divide by 16. Pointers to one value are not specialized on.
-    """
-    first, second = tensors[0], tensors[1]
-    stream = stream_of(first)
-    if stream is None:
-        with torch.cuda.device(first.device):
-            _launch(kernel, programs, tensors, scalars, n, constants, warps)
-        return
-    addresses = [*map(address, tensors)]
-    aligned = (addresses[0] & 15, addresses[1] & 15, addresses[2] & 15)
-    # of the kernel its number: Triton hashes its text
-    key = (id(kernel), first.get_device(), constants, warps, first.dtype, second.dtype, aligned, n & 15 == 0, n == 1, n >> 31)
-    compiled = _COMPILED.get(key)
-    if compiled is None:
-        made = kernel[(programs,)](*tensors, *scalars, *constants, num_warps=warps, enable_fp_fusion=False)
-        _COMPILED[key] = made and (made.run, made.function, made.packed_metadata)  # an interpreter gives None
-    else:
-        run, function, metadata = compiled
-        run(programs, 1, 1, stream, function, metadata, None, None, None, *addresses, *scalars, *constants)
-
-
-def stream_of(x: Tensor) -> int | None:
-    """Where Triton, which launches on the current device, launches on what lies as x does: the stream; None on other devices."""
-    if not x.is_cuda:
-        return 0
-    device = x.get_device()
-    return torch._C._cuda_getCurrentRawStream(device) if device == torch.cuda.current_device() else None
-
-
-def _processors(x: Tensor) -> int:
-    index = x.get_device()
-    if index not in _PROCESSORS:
-        _PROCESSORS[index] = torch.cuda.get_device_properties(index).multi_processor_count if x.is_cuda else 1
-    return _PROCESSORS[index]
-
-
-def _programs(x: Tensor, n: int, block: int, waves: int) -> int:
-    return min(-(-n // block), _processors(x) * waves)
 
 
 def activation_forward(
@@ -464,36 +409,70 @@ def activation_forward(
     scratch: Tensor | None, low: float | None, high: float | None, constant: float | None, grid: Grid,
 ) -> None:  # fmt: skip
     """Launch: ``out`` and ``mask`` of ``x``, which lie in memory as ``x`` does; with ``scratch`` the state learns."""
-    n = x.numel()
-    if n:
-        state = (scale, zero_point, min_val, max_val, scale if scratch is None else scratch)
-        ends = (float(low or 0), float(high or 0), float(constant or 0))
-        even = n % _BLOCK == 0
-        programs = _programs(x, n, _BLOCK, _WAVES if even and x.element_size() == 2 else _FEWER_WAVES)
-        _launch(
-            _activation_forward, programs, (x, out, out if mask is None else mask, *state), (n, *ends), n,
-            (low is not None, high is not None, scratch is not None, mask is not None, *grid, constant is None, even,
-             not _interprets(), _BLOCK, _STAGES), _WARPS,
+    n, stream = x.numel(), stream_of(x)
+    if stream is None:
+        with torch.cuda.device(x.device):
+            activation_forward(x, out, mask, scale, zero_point, min_val, max_val, scratch, low, high, constant, grid)
+    elif n:
+        tensors = (
+            x, out, out if mask is None else mask, scale, zero_point, min_val, max_val, scale if scratch is None else scratch,
         )  # fmt: skip
+        key = (
+            "activation", n, x.dtype, x.get_device(), address(x) & 15, address(out) & 15, address(tensors[2]) & 15,
+            mask is None, scratch is None, low, high, constant, grid,
+        )  # fmt: skip
+        plan, scalars = planned(key) or remember(key, _activation_plan(x, n, mask, scratch, low, high, constant, grid))
+        plan.launch(stream, tensors, scalars)
+
+
+def _activation_plan(
+    x: Tensor, n: int, mask: Tensor | None, scratch: Tensor | None, low: float | None, high: float | None,
+    constant: float | None, grid: Grid,
+) -> tuple[Plan, tuple[float, ...]]:  # fmt: skip
+    even = n % _BLOCK == 0
+    constants = (
+        low is not None, high is not None, scratch is not None, mask is not None, *grid, constant is None, even,
+        not _interprets(), _BLOCK, _STAGES,
+    )  # fmt: skip
+    waves = _WAVES if even and x.element_size() == 2 else _FEWER_WAVES
+    plan = Plan(_activation_forward, programs(x, n, _BLOCK, waves), constants, num_warps=_WARPS)
+    return plan, (n, float(low or 0), float(high or 0), float(constant or 0))
 
 
 def masked_gradient(grad: Tensor, mask: Tensor, out: Tensor) -> None:
     """Launch: ``out`` is ``grad`` where the mask's bit is set, else zero; both lie in memory alike."""
-    n = grad.numel()
-    if n:
-        programs = _programs(grad, n, _BLOCK, _COPIES)
-        _launch(_masked_gradient, programs, (grad, mask, out), (n,), n, (n % _BLOCK == 0, _BLOCK), _WARPS)
+    n, stream = grad.numel(), stream_of(grad)
+    if stream is None:
+        with torch.cuda.device(grad.device):
+            masked_gradient(grad, mask, out)
+    elif n:
+        key = ("masked", n, grad.dtype, grad.get_device(), address(grad) & 15, address(mask) & 15, address(out) & 15)
+        plan = planned(key) or remember(
+            key,
+            Plan(_masked_gradient, programs(grad, n, _BLOCK, _COPIES), (n % _BLOCK == 0, _BLOCK), num_warps=_WARPS),
+        )
+        plan.launch(stream, (grad, mask, out), (n,))
 
 
 def weight_forward(
     weight: Tensor, out: Tensor, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor, grid: Grid
 ) -> None:
     """Launch: one program for each channel, whose values lie together."""
-    channels = scale.numel()
-    length = weight.numel() // max(channels, 1)
+    shape, stream = weight.shape, stream_of(weight)
+    if stream is None:
+        with torch.cuda.device(weight.device):
+            weight_forward(weight, out, scale, zero_point, min_val, max_val, grid)
+        return
+    key = (
+        "weight", shape, weight.dtype, out.dtype, weight.get_device(), address(weight) & 15, address(out) & 15, scale.shape, grid,
+    )  # fmt: skip
+    plan, length = planned(key) or remember(key, _weight_plan(weight.numel(), scale.numel(), grid))
     if length:
-        block = min(4096, 1 << (length - 1).bit_length())  # Triton's own function of that takes as long as a launch
-        _launch(
-            _weight_forward, channels, (weight, out, scale, zero_point, min_val, max_val), (length,), length,
-            (*grid, not _interprets(), block), 8 if block > 1024 else 4 if block > 256 else 1,
-        )  # fmt: skip
+        plan.launch(stream, (weight, out, scale, zero_point, min_val, max_val), (length,))
+
+
+def _weight_plan(n: int, channels: int, grid: Grid) -> tuple[Plan, int]:
+    length = n // max(channels, 1)
+    block = min(4096, triton.next_power_of_2(max(length, 1)))
+    warps = 8 if block > 1024 else 4 if block > 256 else 1
+    return Plan(_weight_forward, channels, (*grid, not _interprets(), block), num_warps=warps), length

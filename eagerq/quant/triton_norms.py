@@ -28,13 +28,11 @@ from eagerq.quant.triton_kernels import (
     _interprets,
     _learn,
     _passing,
-    _processors,
     _seen,
     _state,
     _value,
-    address,
-    stream_of,
 )
+from eagerq.quant.triton_launch import Plan, planned, processors, remember, stream_of
 
 #: Values of one program's step, programs for each multiprocessor, which share the rows, and steps whose values are on their way
 #: at once, since memory answers late: of passes that sum, and that write.
@@ -422,51 +420,36 @@ def _norm_backward(
 # --- launches
 
 
-class _Plan:
-    """How the programs of a pass share x, ``parts`` of ``chunk`` rows each in tiles of (rows, channels), and the kernel compiled
-    for all that is as it was: a launch then looks nothing up. ``registers`` is the most of a thread."""
+class Pass(Plan):
+    """A plan in which programs share x, ``parts`` of ``chunk`` rows each in tiles of (rows, channels).
 
-    def __init__(self, x: Tensor, widest: int, tile: int, waves: int, stages: int, registers: int | None = None) -> None:
+    Args:
+        x: ``(N, C, *)``.
+        kernel: whose last constants are ``stages`` and a tile's rows and channels.
+        constants: those before, less how many parts are added up at once.
+        adds: it sums over rows, and adds its parts up.
+        tile, waves, stages: as of ``_WRITES``.
+        registers: the most of a thread.
+    """
+
+    def __init__(
+        self, x: Tensor, kernel: Any, constants: tuple[Any, ...], adds: bool, tile: int, waves: int, stages: int,
+        registers: int | None = None,
+    ) -> None:  # fmt: skip
         self.channels = x.shape[1]
         self.rows = x.shape[0] * math.prod(x.shape[2:])
+        widest = max(_SUMMED, triton.next_power_of_2(-(-self.channels // plain.BLOCKS))) if adds else _WRITTEN
         wide = min(triton.next_power_of_2(self.channels), widest)
         height = max(tile // wide, 1)
         blocks = -(-self.channels // wide)
-        most = max(1, _processors(x) * waves // blocks)
+        most = max(1, processors(x) * waves // blocks)
         steps = -(-self.rows // height)
         self.chunk = -(-steps // most) * height
         self.parts = -(-self.rows // self.chunk)
-        self.programs = self.parts * blocks
-        self.layout = (stages, height, wide)
-        self.added = min(max(_ADDED // wide, 1), triton.next_power_of_2(self.parts))
-        self.options = {"num_warps": _WARPS, "enable_fp_fusion": False, **({"maxnreg": registers} if registers else {})}
-        self.compiled: Any = None
-
-    @classmethod
-    def of_sums(cls, x: Tensor, *shape: Any) -> _Plan:
-        return cls(x, max(_SUMMED, triton.next_power_of_2(-(-x.shape[1] // plain.BLOCKS))), *shape)
-
-    def launch(
-        self, kernel: Any, stream: int, tensors: tuple[Tensor, ...], scalars: tuple[float, ...], constants: tuple[Any, ...]
-    ) -> None:
-        if self.compiled is None:
-            constants = (*constants, *self.layout)
-            made = kernel[(self.programs,)](*tensors, *scalars, *constants, **self.options)
-            self.compiled = made and (made.run, made.function, made.packed_metadata, constants)  # an interpreter gives None
-        else:
-            run, function, metadata, constants = self.compiled
-            run(self.programs, 1, 1, stream, function, metadata, None, None, None, *map(address, tensors), *scalars, *constants)
-
-
-_PLANS: dict[Any, Any] = {}
-_MOST_PLANS = 4096
-
-
-def _new(key: Any, plan: Any) -> Any:
-    if len(_PLANS) >= _MOST_PLANS:  # of images of ever new sizes
-        _PLANS.clear()
-    _PLANS[key] = plan
-    return plan
+        if adds:
+            constants = (*constants, min(max(_ADDED // wide, 1), triton.next_power_of_2(self.parts)))
+        options = {"maxnreg": registers} if registers else {}
+        super().__init__(kernel, self.parts * blocks, (*constants, stages, height, wide), num_warps=_WARPS, **options)
 
 
 def forward(
@@ -491,23 +474,24 @@ def forward(
     min_max = constant is None
     kinds = (x.dtype, first.dtype, second.dtype, running_mean.dtype, running_var.dtype)
     flags = (weight is not None, batches is not None, observes, learns, low is not None, high is not None)
-    key = (x.shape, x.get_device(), x.data_ptr() & 15, kinds, flags, low, high, min_max, grid)
-    sums, writes, ends = _PLANS.get(key) or _new(
-        key, (_Plan.of_sums(x, *_FORWARD_SUMS), _Plan(x, _WRITTEN, *_WRITES), _ends(x, low, high))
+    key = ("norm", x.shape, x.get_device(), x.data_ptr() & 15, kinds, flags, low, high, min_max, grid)
+    sums, writes, ends = planned(key) or remember(
+        key,
+        (
+            Pass(x, _norm_statistics, (*flags, *grid, min_max), True, *_FORWARD_SUMS),
+            Pass(x, _norm_forward, (flags[0], *flags[4:], *grid[:2], not _interprets()), False, *_WRITES),
+            _ends(x, low, high),
+        ),
     )
     channels = sums.channels
     constant = float(constant or 0)  # of an integer Triton may make a constant
     part = torch.empty(4, sums.parts, channels, dtype=torch.float32, device=x.device)
     sums.launch(
-        _norm_statistics, stream, (x, part, kept, first, second, *small),
+        stream, (x, part, kept, first, second, *small),
         (sums.rows, sums.chunk, sums.parts, channels, momentum, eps, *ends, constant),
-        (*flags, *grid, min_max, sums.added),
     )  # fmt: skip
     if out is not None:
-        writes.launch(
-            _norm_forward, stream, (x, out, first, second, kept), (writes.rows, writes.chunk, channels, *ends),
-            (flags[0], flags[4], flags[5], grid[0], grid[1], not _interprets()),
-        )  # fmt: skip
+        writes.launch(stream, (x, out, first, second, kept), (writes.rows, writes.chunk, channels, *ends))
 
 
 def _ends(x: Tensor, low: float | None, high: float | None) -> tuple[float, float]:
@@ -530,12 +514,12 @@ def backward(
     first, second = kept if weight is None else weight, kept if bias is None else bias
     flags = (weight is not None, used is not None, hard, quant_min, quant_max)
     aligned = (x.data_ptr() & 15, grad.data_ptr() & 15)
-    key = (x.shape, x.get_device(), aligned, x.dtype, grad.dtype, first.dtype, second.dtype, flags)
-    sums, writes = _PLANS.get(key) or _new(
+    key = ("norm's gradient", x.shape, x.get_device(), aligned, x.dtype, grad.dtype, first.dtype, second.dtype, flags)
+    sums, writes = planned(key) or remember(
         key,
         (
-            _Plan.of_sums(x, *(_BACKWARD_SUMS if used is None else _GATED_SUMS)),
-            _Plan(x, _WRITTEN, *_WRITES),
+            Pass(x, _norm_sums, (*flags, not _interprets()), True, *(_BACKWARD_SUMS if used is None else _GATED_SUMS)),
+            Pass(x, _norm_backward, flags[:2], False, *_WRITES),
         ),
     )
     channels = sums.channels
@@ -544,11 +528,7 @@ def backward(
     if used is not None:  # the sums write what passes the gate
         passed, more = torch.empty_like(grad) if out is None else out, used
     sums.launch(
-        _norm_sums, stream, (x, grad, passed, part, found, first, second, kept, more),
-        (sums.rows, sums.chunk, sums.parts, channels), (*flags, not _interprets(), sums.added),
-    )  # fmt: skip
+        stream, (x, grad, passed, part, found, first, second, kept, more), (sums.rows, sums.chunk, sums.parts, channels)
+    )
     if out is not None:
-        writes.launch(
-            _norm_backward, stream, (x, passed, out, found, first, second, kept),
-            (writes.rows, writes.chunk, channels), flags[:2],
-        )  # fmt: skip
+        writes.launch(stream, (x, passed, out, found, first, second, kept), (writes.rows, writes.chunk, channels))

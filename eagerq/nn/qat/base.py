@@ -21,6 +21,8 @@ from eagerq.quant.code_values import Coded
 from eagerq.quant.engine import FollowsEngine
 from eagerq.quant.fake_quantize import FakeQuantize
 from eagerq.quant.functional import MIN_SCALE, Bounds, dequantize, power_of_two, quantization_params, quantize, straight_through
+from eagerq.quant.operators import Call
+from eagerq.quant.settled import Settles
 from eagerq.quant.spec import QConfig, QConfigLike, QuantSpec, get_qconfig
 
 _Self = TypeVar("_Self", bound="QATBase")
@@ -90,7 +92,7 @@ def activated(act: Callable[[Tensor], Tensor], bounds: Bounds | None, quantizer:
     return out if quantizer is None else quantizer(out)  # type: ignore[no-any-return]
 
 
-class QATBase(FollowsEngine, nn.Module):
+class QATBase(Settles, FollowsEngine, nn.Module):
     """A module with a QAT form: what it converts, its qconfig and its activation quantizers.
 
     ``activation_post_process`` quantizes the output, ``input_fake_quant`` the input; each is None
@@ -168,11 +170,16 @@ class QATBase(FollowsEngine, nn.Module):
         quantizes_input = member(self, "input_fake_quant")
         if quantizes_input is not None:
             input = quantizes_input(input)
-        quantizer = member(self, "activation_post_process")
-        before = self.before_norm(input, *args, **kwargs) if self.asks_kernels(input, quantizer) else None
-        if before is not None and is_plain_norm(*before):
-            done: Tensor | None = quantizer.of_norm(*before)
+        settled, quantizer = self.settled(), member(self, "activation_post_process")
+        asks = settled is not None or self.asks_kernels(input, quantizer)
+        before = self.before_norm(input, *args, **kwargs) if asks else None
+        if before is not None:
+            norm, x = before
+            if settled is not None and settled.serves(x, True):
+                return settled.call(x)
+            done: Tensor | None = quantizer.of_norm(norm, x) if is_plain_norm(norm, x) else None
             if done is not None:
+                self.settle_end(x, quantizer, norm)
                 return done
         out = self.compute(input, *args, **kwargs) if before is None else before[0](before[1])
         if quantizer is not None:
@@ -186,6 +193,18 @@ class QATBase(FollowsEngine, nn.Module):
     def before_norm(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[nn.Module, Tensor] | None:
         """The norm that ends what this module computes in training, and what it is given; None where none does."""
         return None
+
+    def settle_end(self, x: Tensor, quantizer: FakeQuantize, norm: nn.Module | None, act: nn.Module | None = None) -> None:
+        """Remember the last steps of this module, which a kernel did for x."""
+        if fast_kernels.is_plain(x):
+            inside = [m for part in (norm, act, quantizer) if part is not None for m in part.modules()]
+            computing = tuple(name for name in _COMPUTING if hasattr(type(self), name))
+            call = self.end_call(quantizer, norm, act) if self._computing and quantizer.is_settled else None
+            self.settle(computing, inside, norm, x, call)
+
+    def end_call(self, quantizer: FakeQuantize, norm: nn.Module | None, act: nn.Module | None) -> Call | None:
+        """Those steps, bound to what they read; None where something is asked in each batch."""
+        return None if norm is None else quantizer.norm_call(norm, (None, None))
 
     def asks_kernels(self, input: Tensor, quantizer: nn.Module | None) -> bool:
         """Whether kernels may compute this module's last steps together: on their devices, of this library's own methods."""
@@ -284,7 +303,8 @@ class QATOp(Op, QATBase):
 
     def effective_weight(self) -> Tensor:
         """The real weight the op applies, of the shape of ``weight``; override it where the float module derives one."""
-        return self.weight
+        weight = self._parameters.get("weight")  # where it lies, unless it is parametrized or a replica's
+        return self.weight if weight is None else weight
 
     def is_deployable(self) -> bool:
         """Whether the module is one linear map in eval."""

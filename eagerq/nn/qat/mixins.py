@@ -12,6 +12,8 @@ from eagerq.nn.modules.batchnorm import HoldsNorm, is_foldable, is_plain_norm, s
 from eagerq.nn.modules.ops import ScaleOp, fold
 from eagerq.nn.qat.base import QATBase, QATOp, activated, member
 from eagerq.nn.qat.split import SplitActivation, split
+from eagerq.quant.fake_quantize import FakeQuantize
+from eagerq.quant.operators import Call
 from eagerq.quant.spec import QConfigLike
 
 #: A channel whose largest code is below this is trained on its float weight (see ``WithBn``).
@@ -198,19 +200,36 @@ class HoldsAct(QATBase):
         quantizer = member(self, "activation_post_process")
         if quantizes_input is not None:
             input = quantizes_input(input)
-        bounds = bounds_of(act)
-        gate = act if type(act) is SplitActivation and act.gate is not None else None
-        asks = (bounds is not None or gate is not None) and self.asks_kernels(input, quantizer)
-        before = self.before_norm(input, *args, **kwargs) if asks else None
+        settled = self.settled()
+        if settled is None:
+            bounds, gate = bounds_of(act), act if type(act) is SplitActivation and act.gate is not None else None
+            asks = (bounds is not None or gate is not None) and self.asks_kernels(input, quantizer)
+        before = self.before_norm(input, *args, **kwargs) if settled is not None or asks else None
+        x = self.preactivation(input, *args, **kwargs) if before is None else before[1]
+        if settled is not None:
+            if settled.serves(x, before is not None):
+                return settled.call(x)
+            bounds, gate = bounds_of(act), act if type(act) is SplitActivation and act.gate is not None else None
         done: Tensor | None = None
-        if before is not None and is_plain_norm(*before):
-            done = quantizer.of_norm(*before, bounds) if gate is None else gate.of_norm(*before, quantizer)
+        if before is not None:
+            norm, _ = before
+            if is_plain_norm(norm, x):
+                done = quantizer.of_norm(norm, x, bounds) if gate is None else gate.of_norm(norm, x, quantizer)
             if done is not None:
+                self.settle_end(x, quantizer, norm, act)
                 return done
-        out = self.preactivation(input, *args, **kwargs) if before is None else before[0](before[1])
-        if gate is not None and (done := gate.in_one_pass(out, quantizer)) is not None:
+            x = norm(x)
+        if gate is not None and (done := gate.in_one_pass(x, quantizer)) is not None:
+            if before is None:
+                self.settle_end(x, quantizer, None, act)
             return done
-        return activated(act, bounds, quantizer, out)
+        return activated(act, bounds, quantizer, x)
+
+    def end_call(self, quantizer: FakeQuantize, norm: nn.Module | None, act: nn.Module | None) -> Call | None:
+        if isinstance(act, SplitActivation):
+            return act.call(quantizer, norm)
+        bounds = None if act is None else bounds_of(act)
+        return None if norm is None or bounds is None else quantizer.norm_call(norm, bounds)
 
     def compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out: Tensor = self.act(self.preactivation(input, *args, **kwargs))

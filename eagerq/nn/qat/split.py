@@ -14,7 +14,7 @@ from eagerq.quant.code_functions import hardsigmoid_sum
 from eagerq.quant.code_values import Coded
 from eagerq.quant.codes import CodeTensor
 from eagerq.quant.fake_quantize import FakeQuantize, is_recomputing
-from eagerq.quant.operators import batch_norm_gated, fake_quantize_gated
+from eagerq.quant.operators import Call, batch_norm_gated, fake_quantize_gated, gated_call, norm_gated_call
 from eagerq.quant.plain_kernels import State, has_channels_last, state_before
 from eagerq.quant.spec import QConfig
 
@@ -100,6 +100,21 @@ class SplitActivation(nn.Module):
         states, scratch, learns = self._given(quantizers, x)
         first, hard = quantizers[0], self.gate is F.hardsigmoid
         return batch_norm_gated(x, norm, states, scratch, learns, hard, first.constant, first.spec.grid)
+
+    def call(self, quantizer: FakeQuantize, norm: nn.Module | None) -> Call | None:
+        """What ``of_norm`` does, or without a norm ``in_one_pass``, while nothing changes that they look at; None where
+        something does with each batch."""
+        first, second = self.input_fake_quant, self.gate_fake_quant
+        if not (isinstance(first, FakeQuantize) and isinstance(second, FakeQuantize)):
+            return None
+        three = (first, second, quantizer)
+        if not all(q.is_settled for q in three):
+            return None
+        states, scratch, learns = (first.state, second.state, quantizer.state), [q.scratch for q in three], first.learns
+        hard, constant, grid = self.gate is F.hardsigmoid, first.constant, first.spec.grid
+        if norm is None:
+            return gated_call(states, scratch if learns else [], hard, constant, grid)
+        return norm_gated_call(norm, states, scratch, learns, hard, constant, grid)
 
     def _one_pass(self, x: Tensor, quantizer: nn.Module | None) -> _Three | None:
         """The quantizers of input, gate and product, if kernels may compute them together."""

@@ -1,0 +1,334 @@
+"""Steps that a module remembers: each change that decides is seen, and what was remembered is what is asked anew."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import eagerq
+from eagerq.nn.qat.base import QATBase
+from eagerq.quant import FakeQuantize, QuantSpec, settled
+from eagerq.quant.observer import Observer
+from eagerq.quant.ranks import Ranks
+
+ACTS: dict[str, Callable[[], list[nn.Module]]] = {
+    "none": list,
+    "ReLU": lambda: [nn.ReLU()],
+    "Hardtanh": lambda: [nn.Hardtanh(-0.5, 0.75)],
+    "SiLU": lambda: [nn.SiLU()],
+    "Hardswish": lambda: [nn.Hardswish()],
+}
+
+
+def net(act: str, norm: bool = True) -> Any:
+    """A chain that ends as asked, and a quantizer that stands alone at its input."""
+    torch.manual_seed(0)
+    parts = [nn.Conv2d(3, 4, 3), *([nn.BatchNorm2d(4)] if norm else []), *ACTS[act]()]
+    model = nn.Sequential(*parts, nn.Conv2d(4, 2, 1))
+    x = torch.randn(2, 3, 6, 6)
+    return eagerq.convert_qat(eagerq.fuse_modules(model, example_inputs=x), example_inputs=x).train()
+
+
+def batch(seed: int, size: int = 6) -> Tensor:
+    x = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(seed)) * (1 + seed)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def step(model: Any, seed: int, size: int = 6) -> dict[str, Tensor]:
+    """Output, gradients and state."""
+    model.zero_grad()
+    x = batch(seed, size).requires_grad_()
+    out = model(x)
+    out.square().mean().backward()
+    grads = {f"gradient of {n}": p.grad for n, p in (("input", x), *model.named_parameters()) if p.grad is not None}
+    return {"output": out.detach(), **grads, **{k: v.clone() for k, v in model.state_dict().items()}}
+
+
+def forget(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        vars(module).pop("_settled", None)
+    return model
+
+
+def remembered(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if vars(module).get("_settled") is not None]
+
+
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, rtol=0.0, atol=0.0, equal_nan=True, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def norm_of(model: Any) -> Any:
+    return model[0].bn
+
+
+def exchanged(t: Tensor) -> Tensor:
+    """The same values in memory that has gaps."""
+    return torch.stack([t.detach(), t.detach() + 1], 1)[:, 0]
+
+
+def _hook(of: nn.Module) -> None:
+    of.register_forward_hook(lambda m, args, out: out * 0.5)
+
+
+def _own_forward(of: Any) -> None:
+    original = type(of).forward
+    of.forward = lambda x: 3 * original(of, x)
+
+
+class _Doubles(FakeQuantize):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def _other_quantizer(model: Any) -> None:
+    model[0].activation_post_process = _Doubles(QuantSpec())
+
+
+def _other_class(model: Any) -> None:
+    model[0].activation_post_process.__class__ = _Doubles
+
+
+def _replaced_buffer(of: Any, name: str) -> None:
+    setattr(of, name, getattr(of, name) * 2 + 1)
+
+
+def _loaded(model: Any) -> None:
+    model.load_state_dict(step(copy.deepcopy(model), 7), strict=False)
+
+
+def _without_range(model: Any) -> None:
+    """As a checkpoint of a fresh model says."""
+    for module in model.modules():
+        if isinstance(module, FakeQuantize):
+            module.observed = False
+            for t in (*module.activation_post_process.buffers(),):
+                t.zero_()
+
+
+#: What may change in a model, of chains with a norm.
+OF_NORMS: dict[str, Callable[[Any], Any]] = {
+    "a hook on the norm": lambda m: _hook(norm_of(m)),
+    "a norm's own forward": lambda m: _own_forward(norm_of(m)),
+    "another momentum": lambda m: setattr(norm_of(m), "momentum", 0.5),
+    "no momentum": lambda m: setattr(norm_of(m), "momentum", None),
+    "another eps": lambda m: setattr(norm_of(m), "eps", 0.5),
+    "frozen statistics": lambda m: m.apply(eagerq.freeze_bn_stats),
+    "a norm in eval": lambda m: norm_of(m).eval(),
+    "another norm": lambda m: setattr(m[0], "bn", nn.BatchNorm2d(4, eps=0.1)),
+    "another gamma": lambda m: setattr(norm_of(m), "weight", nn.Parameter(torch.tensor([0.5, -2.0, 0.0, 3.0]))),
+    "no gamma and beta": lambda m: (setattr(norm_of(m), "weight", None), setattr(norm_of(m), "bias", None)),
+    "another running mean": lambda m: _replaced_buffer(norm_of(m), "running_mean"),
+    "gamma with gaps in memory": lambda m: setattr(norm_of(m).weight, "data", exchanged(norm_of(m).weight)),
+    "statistics with gaps in memory": lambda m: setattr(norm_of(m).running_var, "data", exchanged(norm_of(m).running_var)),
+}
+#: Of any.
+OF_ALL: dict[str, Callable[[Any], Any]] = {
+    "nothing": lambda m: None,
+    "observers off": lambda m: m.apply(eagerq.disable_observer),
+    "fake quantization off": lambda m: m.apply(eagerq.disable_fake_quant),
+    "the output's observer off": lambda m: eagerq.disable_observer(m[0].activation_post_process),
+    "the output not quantized": lambda m: eagerq.disable_fake_quant(m[0].activation_post_process),
+    "the output's quantizer in eval": lambda m: m[0].activation_post_process.eval(),
+    "a hook on the output's quantizer": lambda m: _hook(m[0].activation_post_process),
+    "a hook on the module": lambda m: _hook(m[0]),
+    "another quantizer": _other_quantizer,
+    "a quantizer of another class": _other_class,
+    "another scale": lambda m: _replaced_buffer(m[0].activation_post_process, "scale"),
+    "another range": lambda m: _replaced_buffer(m[0].activation_post_process.activation_post_process, "max_val"),
+    "a weight that stays float": lambda m: setattr(m[0], "weight_fake_quant", None),
+    "another weight": lambda m: setattr(m[0], "weight", nn.Parameter(m[0].weight.detach() * 2)),
+    "a checkpoint": _loaded,
+    "no range": _without_range,
+    "float64": lambda m: m[0].activation_post_process.double(),
+}
+ON_CLASS: dict[str, tuple[str, Any]] = {
+    "compute": ("compute", lambda self, x: 0 * self.op(x, self.weight, self.bias)),
+    "train_compute": ("train_compute", lambda self, x: 0 * self.op(x, self.weight, self.bias)),
+}
+
+
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("what", {**OF_NORMS, **OF_ALL})
+def test_every_change_is_seen(what: str, act: str, norm: bool, plain_launches: None) -> None:
+    """To the last bit what a model does that remembers nothing, in the step after the change and the next."""
+    if what in OF_NORMS and not norm:
+        return
+    model, other = net(act, norm), net(act, norm)
+    for seed in range(3):
+        assert_same(step(model, seed), step(forget(other), seed))
+    assert remembered(model)
+    for each in (model, other):
+        torch.manual_seed(1)
+        {**OF_NORMS, **OF_ALL}[what](each)
+    for seed in range(3, 6):
+        assert_same(step(model, seed), step(forget(other), seed))
+    observed = [[q.observed for q in each.modules() if isinstance(q, FakeQuantize)] for each in (model, other)]
+    assert observed[0] == observed[1]
+
+
+@pytest.mark.parametrize("name", ["min_val", "max_val"])
+def test_other_bounds_are_seen(name: str, plain_launches: None) -> None:
+    model, other = net("Hardtanh"), net("Hardtanh")
+    for seed in range(4):
+        if seed == 2:
+            for each in (model, other):
+                setattr(each[0].act, name, 0.125)
+        assert_same(step(model, seed), step(forget(other), seed))
+
+
+@pytest.mark.parametrize("part", ["input_fake_quant", "gate_fake_quant"])
+@pytest.mark.parametrize("change", [eagerq.disable_observer, eagerq.disable_fake_quant, _hook, nn.Module.eval])
+def test_a_change_inside_a_gate_is_seen(part: str, change: Any, plain_launches: None) -> None:
+    for norm in (True, False):
+        model, other = net("SiLU", norm), net("SiLU", norm)
+        for seed in range(4):
+            if seed == 2:
+                for each in (model, other):
+                    change(getattr(each[0].act, part))
+            assert_same(step(model, seed), step(forget(other), seed))
+
+
+@pytest.mark.parametrize("method", ["compute", "train_compute"])
+def test_a_method_put_on_the_class_is_seen(method: str, plain_launches: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net("none")
+    step(model, 0)
+    assert model[0].settled() is not None
+    assert model(batch(1)).any()
+    monkeypatch.setattr(type(model[0]), method, lambda self, x: torch.zeros(3, 4, 4, 4))
+    assert model[0].settled() is None
+    assert not model[0](batch(1)).any()
+
+
+def test_a_method_put_on_the_module_is_seen(plain_launches: None) -> None:
+    model = net("ReLU")
+    step(model, 0)
+    model[0].preactivation = lambda x: torch.zeros(3, 4, 4, 4)
+    assert not model[0](batch(1)).any()
+
+
+def test_hooks_on_all_modules_are_seen(plain_launches: None) -> None:
+    model, seen = net("SiLU"), set()
+    step(model, 0)
+    with nn.modules.module.register_module_forward_hook(lambda m, *_: seen.add(m)):
+        step(model, 1)
+    assert {norm_of(model), model[0].act, model[0].activation_post_process} <= seen
+
+
+def test_ranks_are_asked_in_each_batch(plain_launches: None) -> None:
+    model = net("SiLU")
+    step(model, 0)
+    assert remembered(model)
+    for module in model.modules():
+        if isinstance(module, Observer):
+            module.ranks = Ranks()
+    assert not [m for m in remembered(model) if m.settled() is not None]
+    step(model, 1)
+    assert not remembered(model)
+
+
+def test_other_sizes_are_served(plain_launches: None) -> None:
+    model, other = net("SiLU"), net("SiLU")
+    for seed, size in enumerate((6, 9, 6, 5, 3)):
+        assert_same(step(model, seed, size), step(forget(other), seed, size))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        model(torch.randn(1, 3, 3, 3).contiguous(memory_format=torch.channels_last))
+
+
+def test_channels_that_lie_apart_take_the_way_of_modules(plain_launches: None) -> None:
+    model, other = net("ReLU"), net("ReLU")
+    for seed in range(3):
+        step(model, seed)
+        step(forget(other), seed)
+    x = batch(4).contiguous()
+    found = model[0].settled()
+    assert found is not None and found.serves(model[0].op(batch(4), model[0].weight, None), True)
+    assert not found.serves(model[0].op(x, model[0].weight, None), True)
+    torch.testing.assert_close(model(x), forget(other)(x), rtol=0.0, atol=0.0)
+
+
+def test_what_is_remembered_is_not_asked_again(plain_launches: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net("SiLU")
+    step(model, 0)
+    asked: list[Any] = []
+    monkeypatch.setattr(QATBase, "asks_kernels", lambda self, *_: asked.append(self))
+    monkeypatch.setattr(FakeQuantize, "is_one_pass", lambda self, x: asked.append(self))
+    quantizers = [m for m in model.modules() if isinstance(m, FakeQuantize) and not m.memoryless]
+    before = [q.activation_post_process.max_val.clone() for q in quantizers]
+    step(model, 1)
+    assert asked == [model[-1]]  # which has no norm and no gate
+    assert all(q.activation_post_process.max_val != old for q, old in zip(quantizers, before, strict=True))
+
+
+def _copied(model: Any) -> Any:
+    return copy.deepcopy(model)
+
+
+def _pickled(model: Any) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+def _saved(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [_copied, _pickled, _saved])
+def test_a_copy_remembers_nothing(copied: Callable[[Any], Any], plain_launches: None) -> None:
+    model = net("SiLU")
+    for seed in range(2):
+        step(model, seed)
+    other = copied(model)
+    assert remembered(model) and not remembered(other)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found = step(other, 2)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert_same(step(model, 2), found)
+
+
+def test_a_shallow_copy_uses_nothing_of_its_original(plain_launches: None) -> None:
+    """As the replicas of DataParallel, which share their original's attributes."""
+    model = net("SiLU")
+    step(model, 0)
+    replica: Any = model[0]._replicate_for_data_parallel()
+    assert vars(replica)["_settled"] is vars(model[0])["_settled"]
+    assert model[0].settled() is not None and replica.settled() is None
+
+
+def test_a_tensor_of_another_dtype_or_kind_is_not_served(plain_launches: None) -> None:
+    class Kind(Tensor):
+        pass
+
+    model = net("ReLU", norm=False)
+    quantizer = model[0].input_fake_quant
+    assert isinstance(quantizer, FakeQuantize)
+    step(model, 0)
+    found = quantizer.settled()
+    assert isinstance(found, settled.Settled)
+    x = batch(1)
+    assert found.serves(x) and not found.serves(x.bfloat16()) and not found.serves(x.as_subclass(Kind))
+    assert not found.serves(x, with_norm=True)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+def test_kernels_are_not_given_vectors_with_gaps(name: str, plain_launches: None) -> None:
+    """Kernels read by address alone."""
+    model = net("ReLU")
+    step(model, 0)
+    found, x = model[0].settled(), model[0].op(batch(1), model[0].weight, None)
+    assert found is not None and found.serves(x, with_norm=True)
+    vector = getattr(norm_of(model), name)
+    vector.data = exchanged(vector)
+    assert model[0].settled() is found and not found.serves(x, with_norm=True)
