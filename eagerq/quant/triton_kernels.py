@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 from eagerq.quant.spec import Grid
 
@@ -178,6 +179,18 @@ def _bounded(a, low, high, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr):
 
 
 @triton.jit
+def _normal(x):
+    """Twice the normal distribution up to x."""
+    return 1.0 + tl.erf(x * 0.7071067811865476)
+
+
+@triton.jit
+def _gelu(x, kind: tl.constexpr):
+    """By the steps of PyTorch's kernel, rounded as its result is."""
+    return (x * 0.5 * _normal(x)).to(kind).to(tl.float32)
+
+
+@triton.jit
 def _load(ptr, lanes, start, n, EVEN: tl.constexpr):
     """float32 values; beyond the last one, that one again."""
     if EVEN:
@@ -257,8 +270,9 @@ def _learn(
 @triton.jit
 def _activation_values(
     x_ptr, out_ptr, mask_ptr, program, n, low, high, scale, zero, below, above,
-    KNOWN: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, OBSERVE: tl.constexpr, MASK: tl.constexpr,
-    QMIN: tl.constexpr, QMAX: tl.constexpr, EVEN: tl.constexpr, FUSED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    KNOWN: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, GELU: tl.constexpr, OBSERVE: tl.constexpr,
+    MASK: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, EVEN: tl.constexpr, FUSED: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program's part of ``_activation_forward``; the ends of what it was given."""
     ROWS: tl.constexpr = BLOCK // 8
@@ -281,6 +295,8 @@ def _activation_values(
     start = program.to(tl.int64) * BLOCK
     for _ in tl.range(program, blocks, programs, num_stages=STAGES):
         x = _load(x_ptr, lanes, start, n, EVEN)
+        if GELU:
+            x = _gelu(x, x_ptr.dtype.element_ty)
         if OBSERVE:
             seen_low, seen_high = _seen(x, seen_low, seen_high)
         if KNOWN:
@@ -310,7 +326,7 @@ def _activation_values(
 @triton.jit(do_not_specialize_on_alignment=[f"{n}_ptr" for n in ("scale", "zero", "least", "greatest", "scratch")])
 def _activation_forward(
     x_ptr, out_ptr, mask_ptr, scale_ptr, zero_ptr, least_ptr, greatest_ptr, scratch_ptr, n, low, high, constant,
-    HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, OBSERVE: tl.constexpr, MASK: tl.constexpr,
+    HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, GELU: tl.constexpr, OBSERVE: tl.constexpr, MASK: tl.constexpr,
     QMIN: tl.constexpr, QMAX: tl.constexpr, LEVELS: tl.constexpr, FIXED_ZERO: tl.constexpr,
     SYMMETRIC: tl.constexpr, POWER_OF_TWO: tl.constexpr, MIN_MAX: tl.constexpr,
     EVEN: tl.constexpr, FUSED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
@@ -323,12 +339,12 @@ def _activation_forward(
     if known:
         seen_low, seen_high = _activation_values(
             x_ptr, out_ptr, mask_ptr, program, n, low, high, scale, zero, below, above,
-            True, HAS_LOW, HAS_HIGH, OBSERVE, MASK, QMIN, QMAX, EVEN, FUSED, BLOCK, STAGES,
+            True, HAS_LOW, HAS_HIGH, GELU, OBSERVE, MASK, QMIN, QMAX, EVEN, FUSED, BLOCK, STAGES,
         )  # fmt: skip
     else:
         seen_low, seen_high = _activation_values(
             x_ptr, out_ptr, mask_ptr, program, n, low, high, scale, zero, below, above,
-            False, HAS_LOW, HAS_HIGH, OBSERVE, MASK, QMIN, QMAX, EVEN, FUSED, BLOCK, STAGES,
+            False, HAS_LOW, HAS_HIGH, GELU, OBSERVE, MASK, QMIN, QMAX, EVEN, FUSED, BLOCK, STAGES,
         )  # fmt: skip
     if OBSERVE:
         # the ends of what is clamped are the clamped ends
@@ -345,6 +361,19 @@ def _activation_forward(
 
 
 @triton.jit
+def _passed(grad_ptr, mask_ptr, rows, lanes, start, n, EVEN: tl.constexpr):
+    """The gradient where the mask's bit is set, else zero."""
+    if EVEN:
+        byte = tl.load(mask_ptr + start // 8 + rows)
+        grad = tl.load(grad_ptr + start + lanes)
+    else:
+        byte = tl.load(mask_ptr + start // 8 + rows, mask=start + rows * 8 < n, other=0)
+        grad = tl.load(grad_ptr + start + lanes, mask=start + lanes < n, other=0.0)
+    inside = (byte.to(tl.int32)[:, None] >> tl.arange(0, 8)[None, :]) & 1
+    return tl.where(inside != 0, grad, 0.0)
+
+
+@triton.jit
 def _masked_gradient(grad_ptr, mask_ptr, out_ptr, n, EVEN: tl.constexpr, BLOCK: tl.constexpr):
     ROWS: tl.constexpr = BLOCK // 8
     rows = tl.arange(0, ROWS)
@@ -353,14 +382,28 @@ def _masked_gradient(grad_ptr, mask_ptr, out_ptr, n, EVEN: tl.constexpr, BLOCK: 
     programs = tl.num_programs(0)
     start = program.to(tl.int64) * BLOCK
     for _ in range(program, tl.cdiv(n, BLOCK), programs):
-        if EVEN:
-            byte = tl.load(mask_ptr + start // 8 + rows)
-            grad = tl.load(grad_ptr + start + lanes)
-        else:
-            byte = tl.load(mask_ptr + start // 8 + rows, mask=start + rows * 8 < n, other=0)
-            grad = tl.load(grad_ptr + start + lanes, mask=start + lanes < n, other=0.0)
-        inside = (byte.to(tl.int32)[:, None] >> tl.arange(0, 8)[None, :]) & 1
-        _store(out_ptr, lanes, start, n, tl.where(inside != 0, grad, 0.0), EVEN)
+        _store(out_ptr, lanes, start, n, _passed(grad_ptr, mask_ptr, rows, lanes, start, n, EVEN), EVEN)
+        start += programs.to(tl.int64) * BLOCK
+
+
+@triton.jit
+def _gelu_gradient(grad_ptr, x_ptr, mask_ptr, out_ptr, n, EVEN: tl.constexpr, FUSED: tl.constexpr, BLOCK: tl.constexpr):
+    """By the steps of PyTorch's kernel. (Of its two products that end in a sum it fuses the one that is exact.)"""
+    ROWS: tl.constexpr = BLOCK // 8
+    rows = tl.arange(0, ROWS)
+    lanes = rows[:, None] * 8 + tl.arange(0, 8)[None, :]
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    start = program.to(tl.int64) * BLOCK
+    for _ in range(program, tl.cdiv(n, BLOCK), programs):
+        x = _load(x_ptr, lanes, start, n, EVEN)
+        if FUSED:  # CUDA's own, as PyTorch's is: Triton's is another rounding
+            power = libdevice.exp(-0.5 * x * x)
+        else:  # which an interpreter has not
+            power = tl.exp(-0.5 * x * x)
+        slope = 0.5 * _normal(x) + x * (power * 0.3989422804014327)
+        grad = _passed(grad_ptr, mask_ptr, rows, lanes, start, n, EVEN).to(tl.float32)
+        _store(out_ptr, lanes, start, n, grad * slope, EVEN)
         start += programs.to(tl.int64) * BLOCK
 
 
@@ -419,7 +462,8 @@ def _launch(
 
     Triton looks a compiled kernel up by all its arguments, which takes longer than a small kernel runs. Here what decides is
     looked up: the constants, the device, the dtypes of the large tensors, which come first, and whether their addresses and
-    ``n``, the one integer among the arguments, divide by 16. Pointers to one value are not specialized on.
+    ``n``, the one integer among the arguments, divide by 16. A fourth one is new, so its address does. Pointers to one value
+    are not specialized on.
     """
     first, second = tensors[0], tensors[1]
     stream = stream_of(first)
@@ -433,7 +477,10 @@ def _launch(
     key = (id(kernel), first.get_device(), constants, warps, first.dtype, second.dtype, aligned, n & 15 == 0, n == 1, n >> 31)
     compiled = _COMPILED.get(key)
     if compiled is None:
-        made = kernel[(programs,)](*tensors, *scalars, *constants, num_warps=warps, enable_fp_fusion=False)
+        options: dict[str, Any] = {}
+        if kernel is _gelu_gradient and not _interprets():
+            options = {"enable_reflect_ftz": False}  # PyTorch's exponential has subnormal results
+        made = kernel[(programs,)](*tensors, *scalars, *constants, num_warps=warps, enable_fp_fusion=False, **options)
         _COMPILED[key] = made and (made.run, made.function, made.packed_metadata)  # an interpreter gives None
     else:
         run, function, metadata = compiled
@@ -461,9 +508,10 @@ def _programs(x: Tensor, n: int, block: int, waves: int) -> int:
 
 def activation_forward(
     x: Tensor, out: Tensor, mask: Tensor | None, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor,
-    scratch: Tensor | None, low: float | None, high: float | None, constant: float | None, grid: Grid,
+    scratch: Tensor | None, low: float | None, high: float | None, constant: float | None, grid: Grid, gelu: bool = False,
 ) -> None:  # fmt: skip
-    """Launch: ``out`` and ``mask`` of ``x``, which lie in memory as ``x`` does; with ``scratch`` the state learns."""
+    """Launch: ``out`` and ``mask`` of ``x``, which lie in memory as ``x`` does; with ``scratch`` the state learns. Behind a GELU
+    there are no bounds."""
     n = x.numel()
     if n:
         state = (scale, zero_point, min_val, max_val, scale if scratch is None else scratch)
@@ -472,7 +520,7 @@ def activation_forward(
         programs = _programs(x, n, _BLOCK, _WAVES if even and x.element_size() == 2 else _FEWER_WAVES)
         _launch(
             _activation_forward, programs, (x, out, out if mask is None else mask, *state), (n, *ends), n,
-            (low is not None, high is not None, scratch is not None, mask is not None, *grid, constant is None, even,
+            (low is not None, high is not None, gelu, scratch is not None, mask is not None, *grid, constant is None, even,
              not _interprets(), _BLOCK, _STAGES), _WARPS,
         )  # fmt: skip
 
@@ -483,6 +531,15 @@ def masked_gradient(grad: Tensor, mask: Tensor, out: Tensor) -> None:
     if n:
         programs = _programs(grad, n, _BLOCK, _COPIES)
         _launch(_masked_gradient, programs, (grad, mask, out), (n,), n, (n % _BLOCK == 0, _BLOCK), _WARPS)
+
+
+def gelu_gradient(grad: Tensor, x: Tensor, mask: Tensor, out: Tensor) -> None:
+    """Launch: ``out``, a new tensor, is ``grad`` through the mask and GELU's slope at ``x``; all lie in memory alike."""
+    n = grad.numel()
+    if n:
+        programs = _programs(grad, n, _BLOCK, _COPIES)
+        constants = (n % _BLOCK == 0, not _interprets(), _BLOCK)
+        _launch(_gelu_gradient, programs, (grad, x, mask, out), (n,), n, constants, _WARPS)
 
 
 def weight_forward(

@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from eagerq.nn.modules.activation import bounds_of
+from eagerq.nn.modules.activation import bounds_of, is_gelu, is_hooked
 from eagerq.nn.modules.batchnorm import HoldsNorm, is_foldable, is_plain_norm, scale_and_shift
 from eagerq.nn.modules.ops import ScaleOp, fold
 from eagerq.nn.qat.base import QATBase, QATOp, activated, member
 from eagerq.nn.qat.split import SplitActivation, split
+from eagerq.quant.fake_quantize import FakeQuantize
 from eagerq.quant.spec import QConfigLike
 
 #: A channel whose largest code is below this is trained on its float weight (see ``WithBn``).
@@ -210,6 +211,10 @@ class HoldsAct(QATBase):
         out = self.preactivation(input, *args, **kwargs) if before is None else before[0](before[1])
         if gate is not None and (done := gate.in_one_pass(out, quantizer)) is not None:
             return done
+        if bounds is None and is_gelu(act) and type(quantizer) is FakeQuantize and not is_hooked(quantizer):
+            done = quantizer.of_gelu(out)
+            if done is not None:
+                return done
         return activated(act, bounds, quantizer, out)
 
     def compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
