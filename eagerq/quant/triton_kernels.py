@@ -1,9 +1,9 @@
 """Triton kernels: activation, observation and fake quantization in one pass, its backward, and a weight's in one launch; and what
 all kernels are made of.
 
-Each computes what its plain form in ``plain_kernels.py`` does, bit for bit: quotients are rounded as IEEE divisions are, codes
-half to even, and products are not contracted into sums. Tensors are read in the order they lie in memory; offsets are 64
-bits wide.
+Each computes what its plain form in ``plain_kernels.py`` does, bit for bit (but for a GELU's error function and exponential):
+quotients are rounded as IEEE divisions are, codes half to even, and products are not contracted into sums. Tensors are read in
+the order they lie in memory; offsets are 64 bits wide.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import libdevice
 
 from eagerq.quant.spec import Grid
 
@@ -180,13 +179,14 @@ def _bounded(a, low, high, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr):
 
 @triton.jit
 def _normal(x):
-    """Twice the normal distribution up to x."""
+    """Twice the normal distribution up to x. (How the error function rounds depends on the version of CUDA, and that of Triton
+    need not be PyTorch's.)"""
     return 1.0 + tl.erf(x * 0.7071067811865476)
 
 
 @triton.jit
 def _gelu(x, kind: tl.constexpr):
-    """By the steps of PyTorch's kernel, rounded as its result is."""
+    """Of PyTorch's steps, rounded as its result is."""
     return (x * 0.5 * _normal(x)).to(kind).to(tl.float32)
 
 
@@ -387,8 +387,7 @@ def _masked_gradient(grad_ptr, mask_ptr, out_ptr, n, EVEN: tl.constexpr, BLOCK: 
 
 
 @triton.jit
-def _gelu_gradient(grad_ptr, x_ptr, mask_ptr, out_ptr, n, EVEN: tl.constexpr, FUSED: tl.constexpr, BLOCK: tl.constexpr):
-    """By the steps of PyTorch's kernel. (Of its two products that end in a sum it fuses the one that is exact.)"""
+def _gelu_gradient(grad_ptr, x_ptr, mask_ptr, out_ptr, n, EVEN: tl.constexpr, BLOCK: tl.constexpr):
     ROWS: tl.constexpr = BLOCK // 8
     rows = tl.arange(0, ROWS)
     lanes = rows[:, None] * 8 + tl.arange(0, 8)[None, :]
@@ -397,11 +396,7 @@ def _gelu_gradient(grad_ptr, x_ptr, mask_ptr, out_ptr, n, EVEN: tl.constexpr, FU
     start = program.to(tl.int64) * BLOCK
     for _ in range(program, tl.cdiv(n, BLOCK), programs):
         x = _load(x_ptr, lanes, start, n, EVEN)
-        if FUSED:  # CUDA's own, as PyTorch's is: Triton's is another rounding
-            power = libdevice.exp(-0.5 * x * x)
-        else:  # which an interpreter has not
-            power = tl.exp(-0.5 * x * x)
-        slope = 0.5 * _normal(x) + x * (power * 0.3989422804014327)
+        slope = 0.5 * _normal(x) + x * (tl.exp(-0.5 * x * x) * 0.3989422804014327)
         grad = _passed(grad_ptr, mask_ptr, rows, lanes, start, n, EVEN).to(tl.float32)
         _store(out_ptr, lanes, start, n, grad * slope, EVEN)
         start += programs.to(tl.int64) * BLOCK
@@ -477,10 +472,7 @@ def _launch(
     key = (id(kernel), first.get_device(), constants, warps, first.dtype, second.dtype, aligned, n & 15 == 0, n == 1, n >> 31)
     compiled = _COMPILED.get(key)
     if compiled is None:
-        options: dict[str, Any] = {}
-        if kernel is _gelu_gradient and not _interprets():
-            options = {"enable_reflect_ftz": False}  # PyTorch's exponential has subnormal results
-        made = kernel[(programs,)](*tensors, *scalars, *constants, num_warps=warps, enable_fp_fusion=False, **options)
+        made = kernel[(programs,)](*tensors, *scalars, *constants, num_warps=warps, enable_fp_fusion=False)
         _COMPILED[key] = made and (made.run, made.function, made.packed_metadata)  # an interpreter gives None
     else:
         run, function, metadata = compiled
@@ -538,8 +530,7 @@ def gelu_gradient(grad: Tensor, x: Tensor, mask: Tensor, out: Tensor) -> None:
     n = grad.numel()
     if n:
         programs = _programs(grad, n, _BLOCK, _COPIES)
-        constants = (n % _BLOCK == 0, not _interprets(), _BLOCK)
-        _launch(_gelu_gradient, programs, (grad, x, mask, out), (n,), n, constants, _WARPS)
+        _launch(_gelu_gradient, programs, (grad, x, mask, out), (n,), n, (n % _BLOCK == 0, _BLOCK), _WARPS)
 
 
 def weight_forward(
