@@ -213,7 +213,7 @@ if "interpreter" in DEVICES:
 
 @contextlib.contextmanager
 def rounding_kernels(device: str) -> Iterator[str]:
-    """``kernels``, with an interpreter that casts to and from bfloat16 as processors do: Triton's truncates, subnormals are lost."""
+    """``kernels``, and an interpreter that casts to and from bfloat16 as processors do: its own truncates and loses subnormals."""
     with kernels(device) as place, pytest.MonkeyPatch.context() as patch:
         if device == "interpreter":
             import triton.language as tl
@@ -762,7 +762,7 @@ def test_a_gelus_operator_is_the_module_behind_it(
             operators.fake_quantize_gelu(leaves[0], state, words, module.constant, grid),
             module(torch.nn.functional.gelu(leaves[1])),
         )
-        torch.testing.assert_close(*outs, rtol=0.0, atol=0.0)
+        torch.testing.assert_close(*outs, rtol=0.0, atol=0.0, equal_nan=True)
         assert_all_identical(state, module.state)
         grad = laid_out(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype), of_grad)
         grads = grad, grad.contiguous(memory_format=plain_kernels.memory_format(outs[0]))
@@ -772,7 +772,7 @@ def test_a_gelus_operator_is_the_module_behind_it(
             grad = grad.clone().requires_grad_()
             (first,) = torch.autograd.grad(out, leaf, grad, create_graph=True)
             twice.append((first.detach(), *torch.autograd.grad(first, (grad, leaf), torch.ones_like(first))))
-        torch.testing.assert_close(*once, rtol=0.0, atol=0.0)
+        torch.testing.assert_close(*once, rtol=0.0, atol=0.0, equal_nan=True)
         slack = 8 * torch.finfo(dtype).eps
         for mine, theirs in zip(*twice, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=slack, atol=slack, equal_nan=True)  # squares overflow in float16
