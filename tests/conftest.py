@@ -45,13 +45,13 @@ def launches(plain_launches: None, monkeypatch: pytest.MonkeyPatch) -> dict[str,
     def count(module: Any, name: str, as_name: str) -> None:
         launch = getattr(module, name)
 
-        def counting(*args: Any) -> None:
+        def counting(*args: Any, **options: Any) -> None:
             counts[as_name] = counts.get(as_name, 0) + 1
-            launch(*args)
+            launch(*args, **options)
 
         monkeypatch.setattr(module, name, counting)
 
-    for name in ("activation_forward", "masked_gradient", "weight_forward"):
+    for name in ("activation_forward", "masked_gradient", "gelu_gradient", "weight_forward"):
         count(modules["kernels"], name, name)
     for name in ("forward", "backward"):
         count(modules["gates"], name, f"gated_{name}")

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rows import ROWS, Row, attach_quantizers
+from timm.layers.activations import GELU
 from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.convnext import ConvNeXt
 from timm.models.efficientnet import EfficientNet
@@ -270,7 +271,7 @@ def applied(verb: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "form"),
-    [*((n, "decomposed") for n in NETS), *((n, "operators") for n in ("mobilenetv2", "efficientnet", "branches"))],
+    [*((n, "decomposed") for n in NETS), *((n, "operators") for n in ("mobilenetv2", "efficientnet", "branches", "convnext"))],
     indirect=["form"],
 )
 def test_a_real_net_is_one_graph(name: str, form: str) -> None:
@@ -467,7 +468,8 @@ def operators_in(graph: torch.fx.GraphModule) -> list[str]:
     called = [str((n.target, *(n.args[:1] if "functionalized" in str(n.target) else ()))) for n in graph.graph.nodes]
     names = (
         "batch_norm_statistics", "batch_norm_sums", "batch_norm_activation", "batch_norm_gated_gradient", "batch_norm_gated",
-        "fake_quantize_activation", "fake_quantize_gated", "gated_gradient", "native_batch_norm",
+        "fake_quantize_activation", "fake_quantize_gelu", "gelu_gradient", "fake_quantize_gated", "gated_gradient",
+        "native_batch_norm", "gelu_backward",
     )  # fmt: skip
     return [found for text in called if (found := next((name for name in names if name in text), None))]
 
@@ -499,6 +501,23 @@ def test_a_norm_and_its_gate_are_one_operator_for_compilers(gate: type[nn.Module
         assert_agree(compiled, eager, step(compiled, x), step(eager, x))
     found = [{name for name in operators_in(graph) if name != "fake_quantize_activation"} for graph in seen]
     assert found == [{"batch_norm_gated"}, {"batch_norm_gated_gradient"}]
+
+
+@pytest.mark.parametrize("act", [nn.GELU, GELU])
+@pytest.mark.parametrize("form", ["operators"], indirect=True)
+def test_a_gelu_and_its_quantizer_are_one_operator_for_compilers(act: type[nn.Module], form: str) -> None:
+    """In the forward; in the backward they are PyTorch's own functions, which compilers fuse with what follows."""
+    torch.manual_seed(0)
+    q = nniqat.LinearAct(7, 5, act=act())
+    q.activation_post_process = FakeQuantize(QuantSpec())
+    compiled, eager, seen = graphs(q)
+    for seed in (1, 2, 3):
+        x = torch.randn(4, 3, 7, generator=torch.Generator().manual_seed(seed))
+        assert_agree(compiled, eager, step(compiled, x), step(eager, x))
+    assert [operators_in(graph) for graph in seen] == [["fake_quantize_gelu"], ["gelu_backward"]]
+    for module in (compiled, eager):
+        getattr(module, "_orig_mod", module).act.register_forward_hook(_more)
+    assert_agree(compiled, eager, step(compiled, x), step(eager, x))
 
 
 def _norms(dims: int, channels: int, affine: bool) -> Any:

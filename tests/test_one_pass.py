@@ -14,10 +14,12 @@ import strategies
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.layers import activations as activations_of_timm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import eagerq
+from eagerq.nn.modules.activation import is_gelu
 from eagerq.nn.qat import activations
 from eagerq.nn.qat.base import activated
 from eagerq.nn.qat.split import SplitActivation
@@ -464,3 +466,108 @@ def test_other_tensors_are_left_to_the_modules() -> None:
     module, last = parts()
     for dtype, other in itertools.product((torch.float32, torch.float64), (last, None, nn.Identity())):
         assert module.in_one_pass(torch.randn(4, dtype=dtype), other) is None
+
+
+# --- where a GELU is computed in one pass with what quantizes it
+
+GELUS: dict[str, Any] = {"torch": nn.GELU, "timm": activations_of_timm.GELU}
+
+
+def linear(act: nn.Module, spec: QuantSpec = QuantSpec()) -> Any:  # noqa: B008
+    torch.manual_seed(0)
+    q = eagerq.nn.intrinsic.qat.LinearAct.from_float(eagerq.nn.intrinsic.LinearAct(nn.Linear(7, 5), act))
+    q.activation_post_process = FakeQuantize(spec)
+    return q.train()
+
+
+def trained_linear(q: Any) -> list[dict[str, Tensor]]:
+    """Output, gradients and state of three steps, and of eval behind, with gradients too."""
+    seen = []
+    for step in range(4):
+        q.train(step < 3)
+        q.zero_grad()
+        x = ((1 + step) * torch.randn(3, 7, generator=torch.Generator().manual_seed(step))).requires_grad_()
+        out = q(x)
+        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(9)))
+        grads = {f"gradient of {name}": p.grad for name, p in (("input", x), *q.named_parameters())}
+        seen.append({"output": out.detach(), **grads, **{k: v.clone() for k, v in q.state_dict().items()}})
+    return seen
+
+
+@pytest.mark.parametrize("name", GELUS)
+def test_a_gelu_trains_by_kernels_as_without(name: str, launches: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    q, other = linear(GELUS[name]()), linear(GELUS[name]())
+    with monkeypatch.context() as patch:
+        patch.setattr(fast_kernels, "are_fast", lambda x: False)
+        wanted = trained_linear(other)
+    assert_close(trained_linear(q), wanted)
+    assert launches["activation_forward"] == launches["gelu_gradient"] == 4
+    assert "masked_gradient" not in launches
+    assert q.activation_post_process.observed
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_gelu_trains_as_without(reentrant: bool, launches: dict[str, int]) -> None:
+    plain, again = linear(nn.GELU()), linear(nn.GELU())
+    inner = again.forward
+    again.forward = lambda x: checkpoint(inner, x, use_reentrant=reentrant)
+    assert_close(trained_linear(again), trained_linear(plain), exact=True)
+
+
+def _not_in_one_pass() -> dict[str, Any]:
+    return {
+        "a tanh": lambda q: setattr(q, "act", nn.GELU(approximate="tanh")),
+        "a class of a user's own": lambda q: setattr(q, "act", type("GELU", (nn.GELU,), {})()),
+        "a hook on the activation": lambda q: q.act.register_forward_hook(lambda *_: None),
+        "a hook on the quantizer": lambda q: q.activation_post_process.register_forward_hook(lambda *_: None),
+        "a quantizer of another class": lambda q: setattr(q, "activation_post_process", _Subclass(QuantSpec())),
+        "one that does not quantize": lambda q: q.apply(eagerq.disable_fake_quant),
+        "one that learns more": lambda q: setattr(q, "activation_post_process", FakeQuantize(QuantSpec(observer="mse"))),
+        "one in float64": lambda q: q.activation_post_process.double(),
+        "no quantizer": lambda q: setattr(q, "activation_post_process", None),
+        "a function": lambda q: (delattr(q, "act"), setattr(q, "act", nn.functional.gelu)),
+    }
+
+
+@pytest.mark.parametrize("what", _not_in_one_pass())
+def test_another_gelu_is_left_to_the_modules(what: str, launches: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    q, other = linear(nn.GELU()), linear(nn.GELU())
+    for module in (q, other):
+        _not_in_one_pass()[what](module)
+    x = torch.randn(3, 7)
+    with monkeypatch.context() as patch:
+        patch.setattr(fast_kernels, "gelu", None)
+        found = [q(x), q(2 * x)]
+        patch.setattr(fast_kernels, "are_fast", lambda x: False)
+        wanted = [other(x), other(2 * x)]
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_what_learns_nothing_is_in_one_pass_whatever_its_observer(launches: dict[str, int]) -> None:
+    q = FakeQuantize(QuantSpec(observer="mse"))
+    x = torch.randn(9)
+    assert q.of_gelu(x) is None
+    q(x)
+    eagerq.disable_observer(q)
+    found = q.of_gelu(x)
+    assert found is not None
+    torch.testing.assert_close(found, q(nn.functional.gelu(x)), rtol=1e-5, atol=1e-6)
+
+
+def test_on_cpus_a_gelu_is_the_modules_own() -> None:
+    quantizer, q = FakeQuantize(QuantSpec()), linear(nn.GELU())
+    assert quantizer.of_gelu(torch.randn(4)) is None
+    for step in range(3):
+        x = (1 + step) * torch.randn(3, 7)
+        weight = q.weight_fake_quant.of_weight(q.weight)
+        wanted = quantizer(nn.functional.gelu(nn.functional.linear(x, weight, q.bias)))
+        assert torch.equal(q(x), wanted)
+        assert all(torch.equal(a, b) for a, b in zip(q.activation_post_process.state, quantizer.state, strict=True))
+
+
+@pytest.mark.parametrize("name", GELUS)
+def test_a_gelu_by_name_is_pytorchs(name: str) -> None:
+    act, x = GELUS[name](), torch.linspace(-9.0, 9.0, 999)
+    assert is_gelu(act)
+    assert torch.equal(act(x), nn.functional.gelu(x))

@@ -208,6 +208,160 @@ if "interpreter" in DEVICES:
                 assert_learned_alike(mine, own, theirs, other)
 
 
+# --- a GELU and what quantizes it
+
+
+@contextlib.contextmanager
+def rounding_kernels(device: str) -> Iterator[str]:
+    """``kernels``, and an interpreter that casts bfloat16 as processors do: its own truncates and loses subnormals."""
+    with kernels(device) as place, pytest.MonkeyPatch.context() as patch:
+        if device == "interpreter":
+            import triton.language as tl
+            from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+            cast = InterpreterBuilder.cast_impl
+
+            def rounded(self: Any, source: Any, kind: Any) -> Any:
+                pair = (source.dtype.scalar, kind.scalar)
+                if pair == (tl.float32, tl.bfloat16):
+                    return TensorHandle(torch.tensor(source.data).bfloat16().view(torch.uint16).numpy(), tl.bfloat16)
+                if pair == (tl.bfloat16, tl.float32):
+                    return TensorHandle(torch.tensor(source.data).view(torch.bfloat16).float().numpy(), tl.float32)
+                return cast(self, source, kind)
+
+            patch.setattr(InterpreterBuilder, "cast_impl", rounded)
+        yield place
+
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def within(exact: Tensor, slack: Tensor, found: Tensor) -> Tensor:
+    """Whether each value is a rounding to its dtype of a number this near: rounding is monotone. NaN is NaN, infinity itself."""
+    low, high = ((exact + side * slack).to(found.dtype) for side in (-1, 1))
+    same = (found == exact.to(found.dtype)) | (found.isnan() & exact.isnan())
+    return same | ((low <= found) & (found <= high))
+
+
+def is_gelu_of(x: Tensor, a: Tensor) -> Tensor:
+    """Whether ``a`` is GELU in float32, then in its dtype.
+
+    The error function is right to two units in its last place, 2^-23 at most; the rounding of what it is given moves it by less
+    than one, that of the sum with 1 is half of one: less than 2^-22 in the sum, which is halved and multiplied by x. The
+    product is rounded, below the normal numbers by 2^-149 at most.
+    """
+    wide = x.double()
+    exact = torch.where(wide == -math.inf, math.nan, 0.5 * wide * torch.special.erfc(-wide * math.sqrt(0.5)))
+    return within(exact, 2.0**-23 * wide.abs() + 2.0**-24 * exact.abs() + 2.0**-149, a)
+
+
+def is_gelus_gradient(grad: Tensor, x: Tensor, found: Tensor) -> Tensor:
+    """Whether this is the gradient by GELU's derivative in float32, then in its dtype.
+
+    The distribution is right to 2^-23, as above. The exponential of -y is so to (1 + y) 2^-21.5 of itself, and |x| (1 + x^2/2)
+    times the density is less than 0.41: 2^-22.7 in all. With the sum's rounding that is less than 2^-21, of a slope of about one.
+    """
+    wide = x.double()
+    density = torch.exp(-0.5 * wide * wide) * math.sqrt(0.5 / math.pi)
+    exact = grad.double() * (0.5 * torch.special.erfc(-wide * math.sqrt(0.5)) + wide * density)
+    return within(exact, 2.0**-21 * grad.double().abs() + 2.0**-24 * exact.abs() + 2.0**-148, found)
+
+
+def every(dtype: torch.dtype) -> Tensor:
+    """Each value of 16 bits; of float32 some of each size, and those around where error functions change their formula."""
+    if dtype != torch.float32:
+        return torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    some = torch.randint(-(2**31), 2**31, (20_000,), generator=torch.Generator().manual_seed(0)).to(torch.int32).view(dtype)
+    return torch.cat([some, torch.linspace(-15.0, 15.0, 20_001), torch.tensor([0.0, math.inf, -math.inf, math.nan])])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@on_each_device
+def test_every_gelu_is_right_to_float32s_digits(device: str, dtype: torch.dtype) -> None:
+    """The kernels' and PyTorch's own, and their gradients. (PyTorch's on CPUs is not: of infinity it is NaN.)"""
+    x, grid = every(dtype), QuantSpec().grid
+    with rounding_kernels(device) as place:
+        x = x.to(place)
+        grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(place, dtype)
+        for by in (fast_kernels, plain_kernels) if device == "cuda" else (fast_kernels,):
+            a, mask = by.gelu(x, *fresh(grid, None, place), None, None, *grid, True)  # no range: the activation itself
+            assert is_gelu_of(x, a).all()
+            assert is_gelus_gradient(grad, x, by.gelu_gradient(grad, x, mask)).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@on_each_device
+@given(
+    grid=grids, constant=constants, shape=shapes, layout=layouts, batches=steps(), needs_mask=st.booleans(),
+    observes=st.booleans(),
+)  # fmt: skip
+def test_a_gelus_kernel_is_the_plain_one_behind_it(
+    device: str, dtype: torch.dtype, grid: Grid, constant: float | None, shape: tuple[int, ...], layout: str, batches: list[Any],
+    needs_mask: bool, observes: bool,
+) -> None:  # fmt: skip
+    """Of the activation as the kernel gives it while no range is known, bit for bit: value, mask, state, and the gradient."""
+    with rounding_kernels(device) as place:
+        (mine, own), (theirs, other) = ((fresh(grid, None, place), scratch(place)) for _ in range(2))
+        for i, step in enumerate(batches):
+            x = batch(shape, step, theirs[0], dtype, layout).to(place)
+            learns = observes or i == 0
+            rest = (constant, *grid, needs_mask)
+            a, whole = fast_kernels.gelu(x, *fresh(grid, None, place), None, *rest[:-1], True)
+            assert is_gelu_of(x, a).all()
+            out, mask = fast_kernels.gelu(x, *mine, own if learns else None, *rest)
+            wanted = plain_kernels.activation(a, *theirs, other if learns else None, None, None, *rest)
+            assert_all_identical((out, mask), wanted)
+            assert_learned_alike(mine, own, theirs, other)
+            assert plain_kernels.unpacked(whole, out).all()
+            if needs_mask:
+                grad = laid_out(torch.randn(x.shape).to(dtype), layout).to(place)
+                passed = plain_kernels.masked_gradient(grad.contiguous(memory_format=plain_kernels.memory_format(a)), mask)
+                found = fast_kernels.gelu_gradient(grad, x, mask)
+                assert_identical(found, fast_kernels.gelu_gradient(passed, x, whole))
+                assert is_gelus_gradient(passed, x, found).all()
+                wanted = torch.ops.aten.gelu_backward(passed, plain_kernels.dense(x))
+                assert_identical(plain_kernels.gelu_gradient(grad, x, mask), wanted)
+
+
+@on_each_device
+@pytest.mark.parametrize("size", [LONG, 2 * 16 * BLOCK])
+def test_each_program_takes_many_blocks_of_a_gelu(device: str, size: int) -> None:
+    grid = QuantSpec().grid
+    with kernels(device) as place:
+        (mine, own), (theirs, other) = ((fresh(grid, None, place), scratch(place)) for _ in range(2))
+        for seed in (1, 2):
+            x = batch((size,), (3.0, False, seed), theirs[0], torch.float32, "contiguous").to(place)
+            a, _ = fast_kernels.gelu(x, *fresh(grid, None, place), None, 0.01, *grid, False)
+            found = fast_kernels.gelu(x, *mine, own, 0.01, *grid, True)
+            assert_all_identical(found, plain_kernels.activation(a, *theirs, other, None, None, 0.01, *grid, True))
+            assert_learned_alike(mine, own, theirs, other)
+            passed = plain_kernels.masked_gradient(x, found[1])
+            assert is_gelus_gradient(passed, x, fast_kernels.gelu_gradient(x, x, found[1])).all()
+
+
+if torch.cuda.is_available():
+
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    def test_on_cuda_a_gelu_in_one_pass_is_pytorchs_and_the_operator(dtype: torch.dtype) -> None:
+        """Codes and mask but where two roundings of one number lie on two sides of a tie; within a step there too."""
+        grid, x = QuantSpec().grid, every(dtype).cuda()
+        x = x[x.isfinite() & (x.abs() < 100.0)]
+        state = known(grid, -0.17, 6.0, "cuda")
+        a = torch.nn.functional.gelu(x)
+        mine = fast_kernels.gelu(x, *fresh(grid, None, "cuda"), None, None, *grid, False)[0]
+        found, mask = fast_kernels.gelu(x, *state, None, None, *grid, True)
+        wanted, wanted_mask = fast_kernels.activation(a, *state, None, None, None, None, *grid, True)
+        same, bits = a == mine, [plain_kernels.unpacked(m, x) for m in (mask, wanted_mask)]
+        assert_identical(found[same], wanted[same])
+        assert torch.equal(bits[0][same], bits[1][same])
+        assert ((found - wanted).abs() <= 1.01 * state[0] + torch.finfo(dtype).eps * wanted.abs()).all()
+        assert float((found != wanted).float().mean()) < 1e-3
+        grad = torch.randn(x.shape, device="cuda").to(dtype)
+        gradient = torch.ops.aten.gelu_backward(plain_kernels.masked_gradient(grad, mask), x)
+        apart = (fast_kernels.gelu_gradient(grad, x, mask).double() - gradient.double()).abs()
+        assert (apart <= 2.0**-20 * grad.double().abs() + torch.finfo(dtype).eps * gradient.double().abs() + 2.0**-147).all()
+
+
 @on_each_device
 @given(data=st.data(), grid=grids, shape=shapes, layout=layouts, batches=steps())
 def test_a_weights_kernel_is_the_plain_one(
@@ -587,6 +741,43 @@ def test_an_activations_operator_is_the_module_behind_the_activation(
         assert_all_identical(state, module.state)
 
 
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+@given(
+    spec=strategies.specs(per_channel=False), observer=st.sampled_from(["min_max", "moving_average"]), shape=shapes,
+    layout=layouts, of_grad=layouts, batches=steps(),
+)  # fmt: skip
+def test_a_gelus_operator_is_the_module_behind_it(
+    dtype: torch.dtype, spec: QuantSpec, observer: Any, shape: tuple[int, ...], layout: str, of_grad: str, batches: list[Any]
+) -> None:
+    """Value, state and gradient, bit for bit of tensors that lie alike; and those of second order: by the gradient that flows in,
+    and by x. (How PyTorch's GELU rounds on CPUs depends on where values lie.)"""
+    module = FakeQuantize(spec := dataclasses.replace(spec, observer=observer))
+    module._is_fast_on_cpu = lambda x: False  # type: ignore[method-assign]
+    state, words, grid = fresh(spec.grid), scratch(), spec.grid
+    for size, _, seed in batches:
+        x = batch(shape, (size, False, seed), state[0], dtype, layout)
+        leaves = [t.clone().requires_grad_() for t in (x, plain_kernels.dense(x))]
+        module._known = False
+        outs = (
+            operators.fake_quantize_gelu(leaves[0], state, words, module.constant, grid),
+            module(torch.nn.functional.gelu(leaves[1])),
+        )
+        torch.testing.assert_close(*outs, rtol=0.0, atol=0.0, equal_nan=True)
+        assert_all_identical(state, module.state)
+        grad = laid_out(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype), of_grad)
+        grads = grad, grad.contiguous(memory_format=plain_kernels.memory_format(outs[0]))
+        once, twice = [], []
+        for out, leaf, grad in zip(outs, leaves, grads, strict=True):
+            once += torch.autograd.grad(out, leaf, grad, retain_graph=True)
+            grad = grad.clone().requires_grad_()
+            (first,) = torch.autograd.grad(out, leaf, grad, create_graph=True)
+            twice.append((first.detach(), *torch.autograd.grad(first, (grad, leaf), torch.ones_like(first))))
+        torch.testing.assert_close(*once, rtol=0.0, atol=0.0, equal_nan=True)
+        slack, calm = 8 * torch.finfo(dtype).eps, x.abs() < 100.0  # the square of more overflows in float16, and is NaN behind
+        for mine, theirs in zip(*twice, strict=True):
+            torch.testing.assert_close(mine[calm], theirs[calm], rtol=slack, atol=slack)
+
+
 @pytest.mark.parametrize("hard", [True, False])
 @given(grid=grids, seed=st.integers(0, 99), size=st.sampled_from([0.1, 1.0, 5.0]), shape=shapes, layout=layouts)
 def test_a_gated_operator_is_its_steps_and_their_gradient(
@@ -901,6 +1092,9 @@ def _arguments(layout: str) -> dict[str, tuple[Any, ...]]:
         "fake_quantize_activation": (x(), *fresh(_GRID), scratch(), 0.0, 6.0, 0.01, *_GRID, True),
         "fake_quantize_activation that learns nothing": (x().detach(), *fresh(_GRID), None, None, None, None, *_GRID, False),
         "masked_gradient": (x(), mask),
+        "fake_quantize_gelu": (x(), *fresh(_GRID), scratch(), 0.01, *_GRID, True),
+        "fake_quantize_gelu that learns nothing": (x().detach(), *fresh(_GRID), None, None, *_GRID, False),
+        "gelu_gradient": (torch.randn(3, 2, 4, 5), x().detach(), mask),
         "fake_quantize_gated": (x(), three, [scratch() for _ in range(3)], True, 0.01, *_GRID),
         "fake_quantize_gated that learns nothing": (x(), three, [], False, None, *_GRID),
         "gated_gradient": (torch.randn(3, 2, 4, 5), x().detach(), used, True, 0, 255),
@@ -968,11 +1162,15 @@ def test_tracers_see_one_operator(mode: Any) -> None:
     def activation(x: Tensor, words: Tensor, *state: Tensor) -> Tensor:
         return operators.fake_quantize_activation(x, state, words, (0.0, 6.0), 0.01, _GRID)  # type: ignore[arg-type]
 
+    def gelu(x: Tensor, words: Tensor, *state: Tensor) -> Tensor:
+        return operators.fake_quantize_gelu(x, state, words, 0.01, _GRID)  # type: ignore[arg-type]
+
     def weight(x: Tensor, *state: Tensor) -> Tensor:
         return operators.fake_quantize_weight(x, state, _WEIGHT, torch.bfloat16)  # type: ignore[arg-type]
 
     for function, args, name in (
         (activation, (torch.randn(3, 5), scratch(), *fresh(_GRID)), "fake_quantize_activation"),
+        (gelu, (torch.randn(3, 5), scratch(), *fresh(_GRID)), "fake_quantize_gelu"),
         (weight, (torch.randn(3, 5), *fresh(_WEIGHT, 3)), "fake_quantize_weight"),
     ):
         kept = [t.clone() for t in args]

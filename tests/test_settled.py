@@ -22,6 +22,7 @@ ACTS: dict[str, Callable[[], list[nn.Module]]] = {
     "none": list,
     "ReLU": lambda: [nn.ReLU()],
     "Hardtanh": lambda: [nn.Hardtanh(-0.5, 0.75)],
+    "GELU": lambda: [nn.GELU()],
     "SiLU": lambda: [nn.SiLU()],
     "Hardswish": lambda: [nn.Hardswish()],
 }
@@ -177,14 +178,17 @@ def test_every_change_is_seen(what: str, act: str, norm: bool, plain_launches: N
     assert observed[0] == observed[1]
 
 
-@pytest.mark.parametrize("name", ["min_val", "max_val"])
-def test_other_bounds_are_seen(name: str, plain_launches: None) -> None:
-    model, other = net("Hardtanh"), net("Hardtanh")
-    for seed in range(4):
-        if seed == 2:
-            for each in (model, other):
-                setattr(each[0].act, name, 0.125)
-        assert_same(step(model, seed), step(forget(other), seed))
+@pytest.mark.parametrize(
+    ("act", "name", "value"), [("Hardtanh", "min_val", 0.125), ("Hardtanh", "max_val", 0.125), ("GELU", "approximate", "tanh")]
+)
+def test_another_activation_is_seen(act: str, name: str, value: Any, plain_launches: None) -> None:
+    for norm in (True, False):
+        model, other = net(act, norm), net(act, norm)
+        for seed in range(4):
+            if seed == 2:
+                for each in (model, other):
+                    setattr(each[0].act, name, value)
+            assert_same(step(model, seed), step(forget(other), seed))
 
 
 @pytest.mark.parametrize("part", ["input_fake_quant", "gate_fake_quant"])

@@ -51,7 +51,8 @@ def typed(name: str, kind: str) -> str:
 
 
 def test_there_are_kernels() -> None:
-    assert {"_activation_forward", "_gated_backward", "_norm_statistics", "_norm_gated_forward"} <= launched().keys()
+    some = {"_activation_forward", "_gelu_gradient", "_gated_backward", "_norm_statistics", "_norm_gated_forward"}
+    assert some <= launched().keys()
 
 
 @pytest.mark.parametrize(
@@ -60,10 +61,20 @@ def test_there_are_kernels() -> None:
 @pytest.mark.parametrize("name", launched())
 def test_a_kernel_compiles(name: str, kind: str, capability: int, flag: bool, hard: bool) -> None:
     kernel = launched()[name]
-    given = {**SIZES, **dict.fromkeys(FLAGS, flag), "HARD": hard}
+    given = {**SIZES, **dict.fromkeys(FLAGS, flag), "HARD": hard, "GELU": False}
+    compile_for(kernel, given, kind, capability)
+
+
+@pytest.mark.parametrize(("kind", "capability", "flag"), [("fp32", 80, True), ("bf16", 90, True), ("fp16", 90, False)])
+def test_a_kernel_compiles_behind_a_gelu(kind: str, capability: int, flag: bool) -> None:
+    given = {**SIZES, **dict.fromkeys(FLAGS, flag), "HAS_LOW": False, "HAS_HIGH": False, "GELU": True}
+    compile_for(triton_kernels._activation_forward, given, kind, capability)
+
+
+def compile_for(kernel: Any, given: dict[str, Any], kind: str, capability: int) -> None:
     signature = {p.name: "constexpr" if p.is_constexpr else typed(p.name, kind) for p in kernel.params}
     constants = {(i,): given[p.name] for i, p in enumerate(kernel.params) if p.is_constexpr}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": False})
     assert made.asm["cubin"]
-    assert name in made.asm["ptx"]
+    assert kernel.__name__ in made.asm["ptx"]

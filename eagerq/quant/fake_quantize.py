@@ -290,6 +290,11 @@ class FakeQuantize(Settles, FollowsEngine, QuantState):
         scratch: Any = self._buffers["scratch"]
         return operators.activation_call(self.state, scratch if self.learns else None, bounds, self.constant, self._grid)
 
+    def gelu_call(self) -> operators.Call:
+        """What ``of_gelu`` does with what its kernel serves, while nothing changes that it looks at."""
+        scratch: Any = self._buffers["scratch"]
+        return operators.gelu_call(self.state, scratch if self.learns else None, self.constant, self._grid)
+
     @property
     def is_settled(self) -> bool:
         """Whether the next batch finds a kernel's state as this one did: on one rank, and not in a backward."""
@@ -297,7 +302,14 @@ class FakeQuantize(Settles, FollowsEngine, QuantState):
             return False
         return not self.learns or (self.is_learned_by_kernels and self.activation_post_process.ranks is None)
 
-    def _by_kernel(self, x: Tensor, bounds: Bounds) -> Tensor:
+    def of_gelu(self, x: Tensor) -> Tensor | None:
+        """What the forward makes of ``gelu(x)``, in one pass; None where its kernel does not serve: on other devices, or where
+        there is more than ends to learn."""
+        if not (self.is_one_pass(x) and fast_kernels.are_fast(x) and self.has_kernels_state(x)):
+            return None
+        return self._by_kernel(x, (None, None), gelu=True) if self.is_learned_by_kernels or not self.learns else None
+
+    def _by_kernel(self, x: Tensor, bounds: Bounds, gelu: bool = False) -> Tensor:
         state, scratch, learns, by_kernel = self.state, None, self.learns, self.is_learned_by_kernels
         if learns and is_recomputing():
             state = state_before(self.scratch) if by_kernel else self._before or state
@@ -306,7 +318,10 @@ class FakeQuantize(Settles, FollowsEngine, QuantState):
             scratch = self._buffers["scratch"]
         elif learns:
             self._remember()
-        out = operators.fake_quantize_activation(x, state, scratch, bounds, self.constant, self._grid)
+        if gelu:
+            out = operators.fake_quantize_gelu(x, state, scratch, self.constant, self._grid)
+        else:
+            out = operators.fake_quantize_activation(x, state, scratch, bounds, self.constant, self._grid)
         if learns and not by_kernel:
             self.observe(x, bounds)
         elif learns and x.numel():

@@ -75,6 +75,32 @@ def masked_gradient(grad: Tensor, mask: Tensor) -> Tensor:
     return out
 
 
+def gelu(
+    x: Tensor, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor, scratch: Tensor | None,
+    constant: float | None, *rest: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    kernels = _triton("kernels")
+    if kernels is None or x.dtype not in DTYPES:
+        return plain.gelu(x, scale, zero_point, min_val, max_val, scratch, constant, *rest)
+    x = plain.dense(x)
+    out, mask = torch.empty_like(x), plain.mask_like(x, rest[-1])
+    kernels.activation_forward(
+        x, out, mask if rest[-1] else None, scale, zero_point, min_val, max_val, scratch, None, None, constant, Grid(*rest[:-1]),
+        gelu=True,
+    )  # fmt: skip
+    return out, mask
+
+
+def gelu_gradient(grad: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    kernels = _triton("kernels")
+    if kernels is None or not {grad.dtype, x.dtype} <= DTYPES:
+        return plain.gelu_gradient(grad, x, mask)
+    x = plain.dense(x)
+    out = torch.empty_like(x, dtype=grad.dtype)
+    kernels.gelu_gradient(grad.contiguous(memory_format=memory_format(x)), x, mask, out)
+    return out
+
+
 def gated(
     x: Tensor, state: list[Tensor], scratch: list[Tensor], hard: bool, constant: float | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,8 @@ r"""Fake quantization as ``torch.library`` operators that do in one pass what th
   \max a`. While no range is known the result is :math:`a`. It gives :math:`\hat a` and a mask, a bit a value in the order of
   memory, that says where the gradient passes: where neither clamp nor clip held the value.
 - ``eagerq::masked_gradient``: its backward, which needs no saved activation.
+- ``eagerq::fake_quantize_gelu``: the same of :math:`a = \mathrm{gelu}(x)`, in the exact form; its backward
+  ``eagerq::gelu_gradient`` needs :math:`x`, which the float form keeps too, and the mask.
 - ``eagerq::fake_quantize_gated``: SiLU or Hardswish as engines compute it, :math:`Q_y(Q_x(x)\, Q_g(g(Q_x(x))))`, with its three
   quantizers; its backward ``eagerq::gated_gradient`` finds them again from :math:`x`, which the float form keeps too.
 - ``eagerq::batch_norm_activation``: a batch norm in training before all that, in the passes that it takes itself: statistics and
@@ -51,6 +53,9 @@ _SCHEMAS = {
     "fake_quantize_activation": f"(Tensor x, {_STATE}, Tensor(e!)? scratch, float? low, float? high, float? constant, {_GRID},"
     " bool needs_mask) -> (Tensor, Tensor)",
     "masked_gradient": "(Tensor grad, Tensor mask) -> Tensor",
+    "fake_quantize_gelu": f"(Tensor x, {_STATE}, Tensor(e!)? scratch, float? constant, {_GRID}, bool needs_mask)"
+    " -> (Tensor, Tensor)",
+    "gelu_gradient": "(Tensor grad, Tensor x, Tensor mask) -> Tensor",
     "fake_quantize_gated": f"(Tensor x, Tensor(a!)[] state, Tensor(b!)[] scratch, bool hard, float? constant, {_GRID})"
     " -> (Tensor, Tensor)",
     "gated_gradient": "(Tensor grad, Tensor x, Tensor used, bool hard, int quant_min, int quant_max) -> Tensor",
@@ -68,7 +73,10 @@ _SCHEMAS = {
 #: Behind the name of an operator with a gradient, the same without one: what compiled code holds, since for the first PyTorch's
 #: dispatcher would enter Python twice.
 BELOW = "_below_autograd"
-_WITH_BELOW = ("fake_quantize_activation", "masked_gradient", "fake_quantize_gated", "batch_norm_gated", "fake_quantize_weight")
+_WITH_BELOW = (
+    "fake_quantize_activation", "masked_gradient", "fake_quantize_gelu", "fake_quantize_gated", "batch_norm_gated",
+    "fake_quantize_weight",
+)  # fmt: skip
 
 _LIBRARY: Any = torch.library.Library("eagerq", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _name, _schema in _SCHEMAS.items():
@@ -80,6 +88,9 @@ _activation = torch.ops.eagerq.fake_quantize_activation.default
 _activation_below = torch.ops.eagerq.fake_quantize_activation_below_autograd.default
 _gradient = torch.ops.eagerq.masked_gradient.default
 _gradient_below = torch.ops.eagerq.masked_gradient_below_autograd.default
+_gelu = torch.ops.eagerq.fake_quantize_gelu.default
+_gelu_below = torch.ops.eagerq.fake_quantize_gelu_below_autograd.default
+_gelu_gradient = torch.ops.eagerq.gelu_gradient.default
 _gated = torch.ops.eagerq.fake_quantize_gated.default
 _gated_below = torch.ops.eagerq.fake_quantize_gated_below_autograd.default
 _gated_gradient = torch.ops.eagerq.gated_gradient.default
@@ -106,16 +117,38 @@ def fake_quantize_activation(
         constant: of the moving average; None takes the least and greatest of all batches.
         grid: the codes.
     """
+    if fast.is_plain(x):
+        return activation_call(state, scratch, bounds, constant, grid)(x)
     rest = (*state, scratch, *bounds, constant, *grid, torch.is_grad_enabled() and x.requires_grad)
-    out: Tensor = _ActivationNow.apply(x, rest) if fast.is_plain(x) else _activation(x, *rest)[0]  # type: ignore[no-untyped-call]
+    out: Tensor = _activation(x, *rest)[0]
     return out
 
 
 def activation_call(state: State, scratch: Tensor | None, bounds: Bounds, constant: float | None, grid: Grid) -> Call:
     """``fake_quantize_activation`` of tensors that are plain, bound to all else."""
-    rest = (*state, scratch, *bounds, constant, *grid)
+    return _masking(_ActivationNow.apply, (*state, scratch, *bounds, constant, *grid))
+
+
+def fake_quantize_gelu(x: Tensor, state: State, scratch: Tensor | None, constant: float | None, grid: Grid) -> Tensor:
+    """GELU, fake quantization and observation; see the module's text.
+
+    Args:
+        x, state, scratch, constant, grid: as of ``fake_quantize_activation``.
+    """
+    if fast.is_plain(x):
+        return gelu_call(state, scratch, constant, grid)(x)
+    out: Tensor = _gelu(x, *state, scratch, constant, *grid, torch.is_grad_enabled() and x.requires_grad)[0]
+    return out
+
+
+def gelu_call(state: State, scratch: Tensor | None, constant: float | None, grid: Grid) -> Call:
+    """``fake_quantize_gelu`` of tensors that are plain, bound to all else."""
+    return _masking(_GeluNow.apply, (*state, scratch, constant, *grid))
+
+
+def _masking(apply: Any, rest: tuple[Any, ...]) -> Call:
+    """An operator whose last argument is whether there is to be a mask."""
     without, masked = (*rest, False), (*rest, True)
-    apply: Any = _ActivationNow.apply
     return lambda x: apply(x, masked if x.requires_grad and torch.is_grad_enabled() else without)
 
 
@@ -247,6 +280,10 @@ def _fake_activation(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(plain.dense(x)), plain.mask_like(x, rest[-1])
 
 
+def _fake_gelu_gradient(grad: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    return torch.empty_like(plain.dense(x), dtype=grad.dtype)
+
+
 def _fake_gated(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(plain.dense(x)), plain.used_of(x)
 
@@ -351,6 +388,42 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return _gradient(grad.contiguous(memory_format=ctx.format), ctx.saved_tensors[0]), None
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        out, mask = _below(x, _gelu_below, fast.gelu, *rest)
+        ctx.save_for_backward(x, mask)
+        ctx.mark_non_differentiable(mask)
+        ctx.set_materialize_grads(False)
+        ctx.format = memory_format(out)
+        return out, mask
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, None]:  # type: ignore[override]
+        if grad is None:
+            return None, None
+        x, mask = ctx.saved_tensors
+        if not fast.is_tensor(grad):
+            return torch.ops.aten.gelu_backward(_traced_gradient(grad, mask, ctx.format), x), None
+        if torch.is_grad_enabled():  # somebody will differentiate the gradient, by x too
+            passed = _gradient(grad.contiguous(memory_format=ctx.format), mask)
+            return torch.ops.aten.gelu_backward(passed, x), None
+        gradient: Any = fast.gelu_gradient if fast.is_plain(grad) else _gelu_gradient
+        return gradient(grad, x, mask), None
+
+
+class _GeluNow(_Gelu):
+    """As ``_ActivationNow``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> Tensor:  # type: ignore[override]
+        out, mask = fast.gelu(x, *rest)
+        ctx.save_for_backward(x, mask)
+        ctx.set_materialize_grads(False)
+        ctx.format = memory_format(out)
+        return out
 
 
 class _Gated(torch.autograd.Function):
@@ -524,6 +597,8 @@ def _autograd(function: Any) -> Any:
 for _name, _function, _plain, _fast, _fake in (
     ("fake_quantize_activation", _Activation, plain.activation, fast.activation, _fake_activation),
     ("masked_gradient", _Gradient, plain.masked_gradient, fast.masked_gradient, _fake_gradient),
+    ("fake_quantize_gelu", _Gelu, plain.gelu, fast.gelu, _fake_activation),
+    ("gelu_gradient", None, plain.gelu_gradient, fast.gelu_gradient, _fake_gelu_gradient),
     ("fake_quantize_gated", _Gated, plain.gated, fast.gated, _fake_gated),
     ("gated_gradient", None, plain.gated_gradient, fast.gated_gradient, _fake_gated_gradient),
     ("batch_norm_activation", _Norm, plain.norm_activation, fast.norm_activation, _fake_norm),

@@ -139,6 +139,14 @@ def activation(
     return out, mask
 
 
+def gelu(
+    x: Tensor, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor, scratch: Tensor | None,
+    constant: float | None, *rest: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    a = torch.nn.functional.gelu(dense(x))
+    return activation(a, scale, zero_point, min_val, max_val, scratch, None, None, constant, *rest)
+
+
 def _states(flat: list[Tensor]) -> list[State]:
     return [(flat[i], flat[i + 1], flat[i + 2], flat[i + 3]) for i in range(0, len(flat), 4)]
 
@@ -317,6 +325,13 @@ def norm_gated_gradient(
 def masked_gradient(grad: Tensor, mask: Tensor) -> Tensor:
     grad = dense(grad)
     return torch.where(unpacked(mask, grad), grad, 0.0)
+
+
+def gelu_gradient(grad: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    x = dense(x)
+    passed = masked_gradient(grad.contiguous(memory_format=memory_format(x)), mask)
+    out: Tensor = torch.ops.aten.gelu_backward(passed, x).to(grad.dtype)
+    return out
 
 
 def weight_by_its_range(

@@ -1,9 +1,9 @@
 """Triton kernels: activation, observation and fake quantization in one pass, its backward, and a weight's in one launch; and what
 all kernels are made of.
 
-Each computes what its plain form in ``plain_kernels.py`` does, bit for bit: quotients are rounded as IEEE divisions are, codes
-half to even, and products are not contracted into sums. Tensors are read in the order they lie in memory; offsets are 64
-bits wide.
+Each computes what its plain form in ``plain_kernels.py`` does, bit for bit (but for a GELU's error function and exponential):
+quotients are rounded as IEEE divisions are, codes half to even, and products are not contracted into sums. Tensors are read in
+the order they lie in memory; offsets are 64 bits wide.
 """
 
 from __future__ import annotations
@@ -178,6 +178,19 @@ def _bounded(a, low, high, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr):
 
 
 @triton.jit
+def _normal(x):
+    """Twice the normal distribution up to x. (How the error function rounds depends on the version of CUDA, and that of Triton
+    need not be PyTorch's.)"""
+    return 1.0 + tl.erf(x * 0.7071067811865476)
+
+
+@triton.jit
+def _gelu(x, kind: tl.constexpr):
+    """Of PyTorch's steps, rounded as its result is."""
+    return (x * 0.5 * _normal(x)).to(kind).to(tl.float32)
+
+
+@triton.jit
 def _load(ptr, lanes, start, n, EVEN: tl.constexpr):
     """float32 values; beyond the last one, that one again."""
     if EVEN:
@@ -257,8 +270,9 @@ def _learn(
 @triton.jit
 def _activation_values(
     x_ptr, out_ptr, mask_ptr, program, n, low, high, scale, zero, below, above,
-    KNOWN: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, OBSERVE: tl.constexpr, MASK: tl.constexpr,
-    QMIN: tl.constexpr, QMAX: tl.constexpr, EVEN: tl.constexpr, FUSED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    KNOWN: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, GELU: tl.constexpr, OBSERVE: tl.constexpr,
+    MASK: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, EVEN: tl.constexpr, FUSED: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program's part of ``_activation_forward``; the ends of what it was given."""
     ROWS: tl.constexpr = BLOCK // 8
@@ -281,6 +295,8 @@ def _activation_values(
     start = program.to(tl.int64) * BLOCK
     for _ in tl.range(program, blocks, programs, num_stages=STAGES):
         x = _load(x_ptr, lanes, start, n, EVEN)
+        if GELU:
+            x = _gelu(x, x_ptr.dtype.element_ty)
         if OBSERVE:
             seen_low, seen_high = _seen(x, seen_low, seen_high)
         if KNOWN:
@@ -310,7 +326,7 @@ def _activation_values(
 @triton.jit(do_not_specialize_on_alignment=[f"{n}_ptr" for n in ("scale", "zero", "least", "greatest", "scratch")])
 def _activation_forward(
     x_ptr, out_ptr, mask_ptr, scale_ptr, zero_ptr, least_ptr, greatest_ptr, scratch_ptr, n, low, high, constant,
-    HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, OBSERVE: tl.constexpr, MASK: tl.constexpr,
+    HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, GELU: tl.constexpr, OBSERVE: tl.constexpr, MASK: tl.constexpr,
     QMIN: tl.constexpr, QMAX: tl.constexpr, LEVELS: tl.constexpr, FIXED_ZERO: tl.constexpr,
     SYMMETRIC: tl.constexpr, POWER_OF_TWO: tl.constexpr, MIN_MAX: tl.constexpr,
     EVEN: tl.constexpr, FUSED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
@@ -323,12 +339,12 @@ def _activation_forward(
     if known:
         seen_low, seen_high = _activation_values(
             x_ptr, out_ptr, mask_ptr, program, n, low, high, scale, zero, below, above,
-            True, HAS_LOW, HAS_HIGH, OBSERVE, MASK, QMIN, QMAX, EVEN, FUSED, BLOCK, STAGES,
+            True, HAS_LOW, HAS_HIGH, GELU, OBSERVE, MASK, QMIN, QMAX, EVEN, FUSED, BLOCK, STAGES,
         )  # fmt: skip
     else:
         seen_low, seen_high = _activation_values(
             x_ptr, out_ptr, mask_ptr, program, n, low, high, scale, zero, below, above,
-            False, HAS_LOW, HAS_HIGH, OBSERVE, MASK, QMIN, QMAX, EVEN, FUSED, BLOCK, STAGES,
+            False, HAS_LOW, HAS_HIGH, GELU, OBSERVE, MASK, QMIN, QMAX, EVEN, FUSED, BLOCK, STAGES,
         )  # fmt: skip
     if OBSERVE:
         # the ends of what is clamped are the clamped ends
@@ -345,6 +361,19 @@ def _activation_forward(
 
 
 @triton.jit
+def _passed(grad_ptr, mask_ptr, rows, lanes, start, n, EVEN: tl.constexpr):
+    """The gradient where the mask's bit is set, else zero."""
+    if EVEN:
+        byte = tl.load(mask_ptr + start // 8 + rows)
+        grad = tl.load(grad_ptr + start + lanes)
+    else:
+        byte = tl.load(mask_ptr + start // 8 + rows, mask=start + rows * 8 < n, other=0)
+        grad = tl.load(grad_ptr + start + lanes, mask=start + lanes < n, other=0.0)
+    inside = (byte.to(tl.int32)[:, None] >> tl.arange(0, 8)[None, :]) & 1
+    return tl.where(inside != 0, grad, 0.0)
+
+
+@triton.jit
 def _masked_gradient(grad_ptr, mask_ptr, out_ptr, n, EVEN: tl.constexpr, BLOCK: tl.constexpr):
     ROWS: tl.constexpr = BLOCK // 8
     rows = tl.arange(0, ROWS)
@@ -353,14 +382,23 @@ def _masked_gradient(grad_ptr, mask_ptr, out_ptr, n, EVEN: tl.constexpr, BLOCK: 
     programs = tl.num_programs(0)
     start = program.to(tl.int64) * BLOCK
     for _ in range(program, tl.cdiv(n, BLOCK), programs):
-        if EVEN:
-            byte = tl.load(mask_ptr + start // 8 + rows)
-            grad = tl.load(grad_ptr + start + lanes)
-        else:
-            byte = tl.load(mask_ptr + start // 8 + rows, mask=start + rows * 8 < n, other=0)
-            grad = tl.load(grad_ptr + start + lanes, mask=start + lanes < n, other=0.0)
-        inside = (byte.to(tl.int32)[:, None] >> tl.arange(0, 8)[None, :]) & 1
-        _store(out_ptr, lanes, start, n, tl.where(inside != 0, grad, 0.0), EVEN)
+        _store(out_ptr, lanes, start, n, _passed(grad_ptr, mask_ptr, rows, lanes, start, n, EVEN), EVEN)
+        start += programs.to(tl.int64) * BLOCK
+
+
+@triton.jit
+def _gelu_gradient(grad_ptr, x_ptr, mask_ptr, out_ptr, n, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    ROWS: tl.constexpr = BLOCK // 8
+    rows = tl.arange(0, ROWS)
+    lanes = rows[:, None] * 8 + tl.arange(0, 8)[None, :]
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    start = program.to(tl.int64) * BLOCK
+    for _ in range(program, tl.cdiv(n, BLOCK), programs):
+        x = _load(x_ptr, lanes, start, n, EVEN)
+        slope = 0.5 * _normal(x) + x * (tl.exp(-0.5 * x * x) * 0.3989422804014327)
+        grad = _passed(grad_ptr, mask_ptr, rows, lanes, start, n, EVEN).to(tl.float32)
+        _store(out_ptr, lanes, start, n, grad * slope, EVEN)
         start += programs.to(tl.int64) * BLOCK
 
 
@@ -406,32 +444,33 @@ def _interprets() -> bool:
 
 def activation_forward(
     x: Tensor, out: Tensor, mask: Tensor | None, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor,
-    scratch: Tensor | None, low: float | None, high: float | None, constant: float | None, grid: Grid,
+    scratch: Tensor | None, low: float | None, high: float | None, constant: float | None, grid: Grid, gelu: bool = False,
 ) -> None:  # fmt: skip
-    """Launch: ``out`` and ``mask`` of ``x``, which lie in memory as ``x`` does; with ``scratch`` the state learns."""
+    """Launch: ``out`` and ``mask`` of ``x``, which lie in memory as ``x`` does; with ``scratch`` the state learns. Behind a GELU
+    there are no bounds."""
     n, stream = x.numel(), stream_of(x)
     if stream is None:
         with torch.cuda.device(x.device):
-            activation_forward(x, out, mask, scale, zero_point, min_val, max_val, scratch, low, high, constant, grid)
+            activation_forward(x, out, mask, scale, zero_point, min_val, max_val, scratch, low, high, constant, grid, gelu)
     elif n:
         tensors = (
             x, out, out if mask is None else mask, scale, zero_point, min_val, max_val, scale if scratch is None else scratch,
         )  # fmt: skip
         key = (
             "activation", n, x.dtype, x.get_device(), address(x) & 15, address(out) & 15, address(tensors[2]) & 15,
-            mask is None, scratch is None, low, high, constant, grid,
+            mask is None, scratch is None, low, high, constant, grid, gelu,
         )  # fmt: skip
-        plan, scalars = planned(key) or remember(key, _activation_plan(x, n, mask, scratch, low, high, constant, grid))
+        plan, scalars = planned(key) or remember(key, _activation_plan(x, n, mask, scratch, low, high, constant, grid, gelu))
         plan.launch(stream, tensors, scalars)
 
 
 def _activation_plan(
     x: Tensor, n: int, mask: Tensor | None, scratch: Tensor | None, low: float | None, high: float | None,
-    constant: float | None, grid: Grid,
+    constant: float | None, grid: Grid, gelu: bool,
 ) -> tuple[Plan, tuple[float, ...]]:  # fmt: skip
     even = n % _BLOCK == 0
     constants = (
-        low is not None, high is not None, scratch is not None, mask is not None, *grid, constant is None, even,
+        low is not None, high is not None, gelu, scratch is not None, mask is not None, *grid, constant is None, even,
         not _interprets(), _BLOCK, _STAGES,
     )  # fmt: skip
     waves = _WAVES if even and x.element_size() == 2 else _FEWER_WAVES
@@ -452,6 +491,21 @@ def masked_gradient(grad: Tensor, mask: Tensor, out: Tensor) -> None:
             Plan(_masked_gradient, programs(grad, n, _BLOCK, _COPIES), (n % _BLOCK == 0, _BLOCK), num_warps=_WARPS),
         )
         plan.launch(stream, (grad, mask, out), (n,))
+
+
+def gelu_gradient(grad: Tensor, x: Tensor, mask: Tensor, out: Tensor) -> None:
+    """Launch: ``out``, a new tensor, is ``grad`` through the mask and GELU's slope at ``x``; all lie in memory alike."""
+    n, stream = grad.numel(), stream_of(grad)
+    if stream is None:
+        with torch.cuda.device(grad.device):
+            gelu_gradient(grad, x, mask, out)
+    elif n:
+        kinds = (grad.dtype, x.dtype, out.dtype)
+        key = ("gelu", n, kinds, grad.get_device(), address(grad) & 15, address(x) & 15, address(mask) & 15)
+        plan = planned(key) or remember(
+            key, Plan(_gelu_gradient, programs(grad, n, _BLOCK, _COPIES), (n % _BLOCK == 0, _BLOCK), num_warps=_WARPS)
+        )
+        plan.launch(stream, (grad, x, mask, out), (n,))
 
 
 def weight_forward(

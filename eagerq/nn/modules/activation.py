@@ -52,6 +52,16 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
+#: Those that are ``F.gelu`` in its exact form, by module and name: not all libraries are there.
+_GELUS = frozenset({("torch.nn.modules.activation", "GELU"), ("timm.layers.activations", "GELU")})
+
+
+def is_gelu(act: nn.Module) -> bool:
+    """Whether an activation is the exact GELU and does nothing else."""
+    kind = type(act)
+    return (kind.__module__, kind.__qualname__) in _GELUS and getattr(act, "approximate", "none") == "none" and not is_hooked(act)
+
+
 def bounds_of(act: nn.Module) -> tuple[float | None, float | None] | None:
     """Least and greatest value of an activation that clamps and does nothing else (None is no bound); None for any other."""
     if type(act) not in IDEMPOTENT or is_hooked(act):

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from eagerq.nn.modules.activation import bounds_of
+from eagerq.nn.modules.activation import bounds_of, is_gelu, is_hooked
 from eagerq.nn.modules.batchnorm import HoldsNorm, is_foldable, is_plain_norm, scale_and_shift
 from eagerq.nn.modules.ops import ScaleOp, fold
 from eagerq.nn.qat.base import QATBase, QATOp, activated, member
@@ -184,6 +184,11 @@ class LoneNorm(WithBn, ScaleOp):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def _gate_of(act: nn.Module) -> SplitActivation | None:
+    """The activation, if it is a gate in quantized steps."""
+    return act if type(act) is SplitActivation and act.gate is not None else None
+
+
 class HoldsAct(QATBase):
     """An activation behind what ``preactivation`` computes, in one pass with the output's quantizer where there is one."""
 
@@ -202,14 +207,16 @@ class HoldsAct(QATBase):
             input = quantizes_input(input)
         settled = self.settled()
         if settled is None:
-            bounds, gate = bounds_of(act), act if type(act) is SplitActivation and act.gate is not None else None
+            bounds, gate = bounds_of(act), _gate_of(act)
             asks = (bounds is not None or gate is not None) and self.asks_kernels(input, quantizer)
-        before = self.before_norm(input, *args, **kwargs) if settled is not None or asks else None
+        else:
+            asks = settled.with_norm
+        before = self.before_norm(input, *args, **kwargs) if asks else None
         x = self.preactivation(input, *args, **kwargs) if before is None else before[1]
         if settled is not None:
             if settled.serves(x, before is not None):
                 return settled.call(x)
-            bounds, gate = bounds_of(act), act if type(act) is SplitActivation and act.gate is not None else None
+            bounds, gate = bounds_of(act), _gate_of(act)
         done: Tensor | None = None
         if before is not None:
             norm, _ = before
@@ -223,13 +230,20 @@ class HoldsAct(QATBase):
             if before is None:
                 self.settle_end(x, quantizer, None, act)
             return done
+        if bounds is None and is_gelu(act) and type(quantizer) is FakeQuantize and not is_hooked(quantizer):
+            done = quantizer.of_gelu(x)
+            if done is not None:
+                self.settle_end(x, quantizer, None, act)
+                return done
         return activated(act, bounds, quantizer, x)
 
     def end_call(self, quantizer: FakeQuantize, norm: nn.Module | None, act: nn.Module | None) -> Call | None:
         if isinstance(act, SplitActivation):
             return act.call(quantizer, norm)
-        bounds = None if act is None else bounds_of(act)
-        return None if norm is None or bounds is None else quantizer.norm_call(norm, bounds)
+        if norm is None or act is None:
+            return quantizer.gelu_call()
+        bounds = bounds_of(act)
+        return None if bounds is None else quantizer.norm_call(norm, bounds)
 
     def compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out: Tensor = self.act(self.preactivation(input, *args, **kwargs))
