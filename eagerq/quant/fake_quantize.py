@@ -305,6 +305,8 @@ class FakeQuantize(Settles, FollowsEngine, QuantState):
     def of_gelu(self, x: Tensor) -> Tensor | None:
         """What the forward makes of ``gelu(x)``, in one pass; None where its kernel does not serve: on other devices, or where
         there is more than ends to learn."""
+        if torch.compiler.is_compiling():  # measured: the GELU that compilers fuse with its neighbours is the faster one
+            return None
         if not (self.is_one_pass(x) and fast_kernels.are_fast(x) and self.has_kernels_state(x)):
             return None
         return self._by_kernel(x, (None, None), gelu=True) if self.is_learned_by_kernels or not self.learns else None
