@@ -162,9 +162,8 @@ class FakeQuantize(Settles, FollowsEngine, QuantState):
             return settled.call(x)
         if self.is_one_pass(x):
             out = self.of_activation(x)
-            if type(self) is FakeQuantize and fast_kernels.is_plain(x) and fast_kernels.are_fast(x):
-                call = self.activation_call((None, None)) if self.is_settled else None
-                self.settle(("forward",), (self.activation_post_process,), None, x, call)
+            if not torch.compiler.is_compiling():
+                self._settle_kernel(x)
             return out
         if self.profile is not None and not self.training and self.fake_quant_enabled and self.is_ready():
             return encode(x, self.spec, self.scale, self.zero_point, self.profile)
@@ -294,6 +293,14 @@ class FakeQuantize(Settles, FollowsEngine, QuantState):
         """What ``of_gelu`` does with what its kernel serves, while nothing changes that it looks at."""
         scratch: Any = self._buffers["scratch"]
         return operators.gelu_call(self.state, scratch if self.learns else None, self.constant, self._grid)
+
+    def _settle_kernel(self, x: Tensor) -> None:
+        """Remember that a kernel served x, if it did and would again."""
+        if type(self) is FakeQuantize and self.is_settled and fast_kernels.is_plain(x) and fast_kernels.are_fast(x):
+            call = self.activation_call((None, None))
+            self.settle(("forward",), (self.activation_post_process,), None, x, call)
+        else:
+            self.unsettle()
 
     @property
     def is_settled(self) -> bool:

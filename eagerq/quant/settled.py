@@ -134,12 +134,15 @@ class Settles:
 
     def settle(
         self, computing: tuple[str, ...], parts: Iterable[nn.Module], norm: nn.Module | None, x: Tensor,
-        call: Callable[[Tensor], Tensor] | None,
+        call: Callable[[Tensor], Tensor],
     ) -> None:  # fmt: skip
-        """Remember it, as of ``Settled``; with None for a call, that nothing is settled."""
+        """Remember it; arguments as of ``Settled``."""
         self.__dict__["_settled"] = None  # so that its place is there when attributes are counted
-        if call is not None:
-            self.__dict__["_settled"] = Settled(self, computing, parts, norm, x, call)  # type: ignore[arg-type]
+        self.__dict__["_settled"] = Settled(self, computing, parts, norm, x, call)  # type: ignore[arg-type]
+
+    def unsettle(self) -> None:
+        """Remember nothing."""
+        self.__dict__.pop("_settled", None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "_settled"}  # type: ignore[misc]

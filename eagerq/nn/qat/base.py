@@ -195,12 +195,17 @@ class QATBase(Settles, FollowsEngine, nn.Module):
         return None
 
     def settle_end(self, x: Tensor, quantizer: FakeQuantize, norm: nn.Module | None, act: nn.Module | None = None) -> None:
-        """Remember the last steps of this module, which a kernel did for x."""
-        if fast_kernels.is_plain(x):
-            inside = [m for part in (norm, act, quantizer) if part is not None for m in part.modules()]
-            computing = tuple(name for name in _COMPUTING if hasattr(type(self), name))
-            call = self.end_call(quantizer, norm, act) if self._computing and quantizer.is_settled else None
-            self.settle(computing, inside, norm, x, call)
+        """Remember the last steps of this module, which a kernel did for x, unless something in them is asked in each batch."""
+        if torch.compiler.is_compiling():
+            return
+        call = None
+        if self._computing is not None and quantizer.is_settled and fast_kernels.is_plain(x):
+            call = self.end_call(quantizer, norm, act)
+        if call is None:
+            self.unsettle()
+            return
+        inside = [m for part in (norm, act, quantizer) if part is not None for m in part.modules()]
+        self.settle(tuple(name for name in _COMPUTING if hasattr(type(self), name)), inside, norm, x, call)
 
     def end_call(self, quantizer: FakeQuantize, norm: nn.Module | None, act: nn.Module | None) -> Call | None:
         """Those steps, bound to what they read; None where something is asked in each batch."""
