@@ -378,7 +378,7 @@ def assert_sigmoid_of(a: Tensor, hard: bool, y: Tensor) -> None:
 
 
 def assert_sigmoids_gradient(grad: Tensor, a: Tensor, passes: Tensor, hard: bool, found: Tensor) -> None:
-    """By f - f^2 with f as above: its error is that of f at most, and half as much for what is rounded; zero where none passes."""
+    """By f - f^2 with f as above: its error is at most that of f, half as much what is rounded; zero where none passes."""
     if hard:
         assert_identical(found, torch.where(passes, grad.float() * plain_kernels._slope(a, True), 0.0).to(found.dtype))
         return
