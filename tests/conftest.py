@@ -55,6 +55,7 @@ def launches(plain_launches: None, monkeypatch: pytest.MonkeyPatch) -> dict[str,
         count(modules["kernels"], name, name)
     for name in ("forward", "backward"):
         count(modules["gates"], name, f"gated_{name}")
+        count(modules["sigmoids"], name, f"sigmoid_{name}")
         count(modules["norms"], name, f"norm_{name}")
     count(modules["gated_norms"], "statistics", "norm_forward")
     count(modules["gated_norms"], "forward", "norm_gated_forward")

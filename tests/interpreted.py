@@ -51,6 +51,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "launch": (),
     "kernels": ("launch",),
     "gates": ("launch", "kernels"),
+    "sigmoids": ("launch", "kernels", "gates"),
     "norms": ("launch", "kernels", "gates"),
     "gated_norms": ("launch", "kernels", "gates", "norms"),
 }

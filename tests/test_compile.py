@@ -469,6 +469,7 @@ def operators_in(graph: torch.fx.GraphModule) -> list[str]:
     names = (
         "batch_norm_statistics", "batch_norm_sums", "batch_norm_activation", "batch_norm_gated_gradient", "batch_norm_gated",
         "fake_quantize_activation", "fake_quantize_gelu", "gelu_gradient", "fake_quantize_gated", "gated_gradient",
+        "fake_quantize_sigmoid", "sigmoid_gradient",
         "native_batch_norm", "gelu_backward",
     )  # fmt: skip
     return [found for text in called if (found := next((name for name in names if name in text), None))]
@@ -501,6 +502,20 @@ def test_a_norm_and_its_gate_are_one_operator_for_compilers(gate: type[nn.Module
         assert_agree(compiled, eager, step(compiled, x), step(eager, x))
     found = [{name for name in operators_in(graph) if name != "fake_quantize_activation"} for graph in seen]
     assert found == [{"batch_norm_gated"}, {"batch_norm_gated_gradient"}]
+
+
+@pytest.mark.parametrize("act", [nn.Sigmoid, nn.Hardsigmoid])
+@pytest.mark.parametrize("form", ["operators"], indirect=True)
+def test_compilers_are_given_a_sigmoid_itself(act: type[nn.Module], form: str) -> None:
+    torch.manual_seed(0)
+    q = nniqat.LinearAct(7, 5, act=act())
+    q.activation_post_process = FakeQuantize(QuantSpec())
+    q.split_activation()
+    compiled, eager, seen = graphs(q)
+    for seed in (1, 2, 3):
+        x = torch.randn(4, 3, 7, generator=torch.Generator().manual_seed(seed))
+        assert_agree(compiled, eager, step(compiled, x), step(eager, x))
+    assert [operators_in(graph) for graph in seen] == [["fake_quantize_activation"] * 2, []]
 
 
 @pytest.mark.parametrize("act", [nn.GELU, GELU])

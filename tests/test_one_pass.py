@@ -468,6 +468,95 @@ def test_other_tensors_are_left_to_the_modules() -> None:
         assert module.in_one_pass(torch.randn(4, dtype=dtype), other) is None
 
 
+# --- where a sigmoid is computed in one pass with its two quantizers
+
+SIGMOIDS: dict[str, Any] = {
+    "Sigmoid": nn.Sigmoid,
+    "Hardsigmoid": nn.Hardsigmoid,
+    "timm's Sigmoid": activations_of_timm.Sigmoid,
+    "timm's HardSigmoid": activations_of_timm.HardSigmoid,
+}
+
+
+@pytest.mark.parametrize("name", SIGMOIDS)
+def test_a_sigmoid_in_one_pass_is_its_modules_one_after_the_other(name: str, launches: dict[str, int]) -> None:
+    (module, last), (other, other_last) = (parts(SIGMOIDS[name]) for _ in range(2))
+    for step in range(3):
+        x = torch.randn(3, 7) * (1 + step)
+        one, many = x.clone().requires_grad_(), x.clone().requires_grad_()
+        found, wanted = module.in_one_pass(one, last), other_last(other(many))
+        assert found is not None
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        grad = torch.randn(3, 7)
+        found.backward(grad)
+        wanted.backward(grad)
+        torch.testing.assert_close(one.grad, many.grad, rtol=1e-5, atol=1e-6)
+        for mine, theirs in zip((*module.buffers(), *last.buffers()), (*other.buffers(), *other_last.buffers()), strict=True):
+            if mine.shape != (plain_kernels.WORDS,):
+                torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
+    assert launches["sigmoid_forward"] == launches["sigmoid_backward"] == 3
+    assert all(q.observed for q in (module.input_fake_quant, last))
+    assert module.of_norm(nn.BatchNorm1d(7), torch.randn(3, 7), last) is None  # that is of gates
+    assert "squash" not in "".join(module.state_dict())
+
+
+def _of_sigmoid() -> dict[str, Any]:
+    return {
+        **{what: change for what, change in _changes().items() if "gate" not in what and "class" not in what},
+        "a quantizer of another class": lambda m, q: setattr(m, "input_fake_quant", _Subclass(QuantSpec())),
+        "one that does not quantize": lambda m, q: eagerq.disable_fake_quant(m.input_fake_quant),
+        "another activation": lambda m, q: setattr(m, "act", nn.Tanh()),
+        "no squash": lambda m, q: setattr(m, "squash", None),
+    }
+
+
+@pytest.mark.parametrize("what", _of_sigmoid())
+def test_what_a_sigmoids_kernel_does_not_know_is_left_to_the_modules(what: str, launches: dict[str, int]) -> None:
+    module, last = parts(nn.Sigmoid)
+    assert module.in_one_pass(torch.randn(4), last) is not None
+    _of_sigmoid()[what](module, last)
+    assert module.in_one_pass(torch.randn(4), last) is None
+
+
+def test_other_functions_of_codes_are_left_to_the_modules(launches: dict[str, int]) -> None:
+    module, last = parts(nn.LeakyReLU)
+    assert module.squash is None
+    assert module.in_one_pass(torch.randn(4), last) is None
+    module, last = parts(nn.Sigmoid, QuantSpec(observer="mse"))
+    assert module.in_one_pass(torch.randn(4), last) is None
+    module, _ = parts(nn.SiLU)
+    assert module.squash is None
+
+
+def split_linear(act: nn.Module) -> Any:
+    q = linear(act)
+    q.split_activation()
+    assert isinstance(q.act, SplitActivation)
+    return q.train()
+
+
+@pytest.mark.parametrize("name", SIGMOIDS)
+def test_a_sigmoid_trains_by_kernels_as_without(name: str, launches: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    q, other = split_linear(SIGMOIDS[name]()), split_linear(SIGMOIDS[name]())
+    with monkeypatch.context() as patch:
+        patch.setattr(fast_kernels, "are_fast", lambda x: False)
+        wanted = trained_linear(other)
+    assert_close(trained_linear(q), wanted)
+    assert launches["sigmoid_forward"] == launches["sigmoid_backward"] == 4
+    assert "masked_gradient" not in launches
+    assert q.activation_post_process.observed and q.act.input_fake_quant.observed
+
+
+@pytest.mark.parametrize("name", ["Sigmoid", "Hardsigmoid"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_sigmoid_trains_as_without(reentrant: bool, name: str, launches: dict[str, int]) -> None:
+    plain, again = split_linear(SIGMOIDS[name]()), split_linear(SIGMOIDS[name]())
+    inner = again.forward
+    again.forward = lambda x: checkpoint(inner, x, use_reentrant=reentrant)
+    assert_close(trained_linear(again), trained_linear(plain), exact=True)
+    assert launches["sigmoid_forward"] == 3 * 4  # each step of the one twice
+
+
 # --- where a GELU is computed in one pass with what quantizes it
 
 GELUS: dict[str, Any] = {"torch": nn.GELU, "timm": activations_of_timm.GELU}

@@ -362,6 +362,127 @@ if torch.cuda.is_available():
         assert (apart <= 2.0**-20 * grad.double().abs() + torch.finfo(dtype).eps * gradient.double().abs() + 2.0**-147).all()
 
 
+# --- a sigmoid of codes
+
+
+def assert_sigmoid_of(a: Tensor, hard: bool, y: Tensor) -> None:
+    """A hard one bit for bit; else a sigmoid in float32, then in its dtype.
+
+    Its exponential is right to 2^-22 of itself, before a correction that is rounded to 2^-24 as the sum with 1 is, and the
+    quotient to 2^-22: less than 2^-20 in all. Below the normal numbers it may be zero.
+    """
+    if hard:
+        assert_identical(y, plain_kernels._gate(a, True))
+    exact = torch.sigmoid(a.double())
+    assert hard or within(exact, 2.0**-20 * exact + 2.0**-126, y).all()
+
+
+def assert_sigmoids_gradient(grad: Tensor, a: Tensor, passes: Tensor, hard: bool, found: Tensor) -> None:
+    """By f - f^2 with f as above: its error is at most that of f, half as much what is rounded; zero where none passes."""
+    if hard:
+        assert_identical(found, torch.where(passes, grad.float() * plain_kernels._slope(a, True), 0.0).to(found.dtype))
+        return
+    f = torch.sigmoid(a.double())
+    exact = torch.where(passes, grad.double() * (f * (1 - f)), 0.0)
+    slack = grad.double().abs() * (1.5 * 2.0**-20 * f + 2.0**-126) + 2.0**-24 * exact.abs() + 2.0**-148
+    assert within(exact, torch.where(passes, slack, 0.0), found).all()
+
+
+@pytest.mark.parametrize("hard", [True, False])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@on_each_device
+def test_every_sigmoid_is_right_to_float32s_digits(device: str, dtype: torch.dtype, hard: bool) -> None:
+    """The kernels' and PyTorch's own, and their gradients."""
+    x, grid = every(dtype), QuantSpec().grid
+    with rounding_kernels(device) as place:
+        x = x.to(place)
+        grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(place, dtype)
+        whole = torch.ones_like(x, dtype=torch.bool)
+        for by in (fast_kernels, plain_kernels):
+            y, used = by.sigmoid(x, [*fresh(grid, None, place)] * 2, [], hard, None, *grid)  # no range: the sigmoid itself
+            assert_sigmoid_of(x, hard, y)
+            gradient = by.sigmoid_gradient(grad, x, used, hard, grid.quant_min, grid.quant_max)
+            assert_sigmoids_gradient(grad, x, whole, hard, gradient)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@on_each_device
+@given(
+    grid=grids, hard=st.booleans(), constant=constants, shape=shapes, layout=layouts, batches=steps(), observes=st.booleans(),
+    learned=st.tuples(st.booleans(), st.booleans()),
+)  # fmt: skip
+@example(
+    grid=QuantSpec().grid, hard=False, constant=0.01, shape=(LONG,), layout="contiguous", batches=[(3.0, False, 1)] * 2,
+    observes=True, learned=(False, False),
+)  # fmt: skip
+@example(
+    grid=QuantSpec().grid, hard=True, constant=None, shape=(2 * 16 * BLOCK,), layout="contiguous", batches=[(3.0, True, 1)] * 2,
+    observes=True, learned=(True, True),
+)  # fmt: skip
+def test_a_sigmoids_kernel_is_the_plain_ones_around_it(
+    device: str, dtype: torch.dtype, grid: Grid, hard: bool, constant: float | None, shape: tuple[int, ...], layout: str,
+    batches: list[Any], observes: bool, learned: tuple[bool, bool],
+) -> None:  # fmt: skip
+    """Of the sigmoid as the kernel gives it while the second quantizer has no range, bit for bit: value, what it keeps, both
+    states, and where the gradient passes."""
+    ranges = ((-3.0, 4.1), (0.0, 0.9))
+    with rounding_kernels(device) as place:
+        mine, theirs = (
+            [known(grid, *ends, place) if known_ else fresh(grid, None, place)
+             for known_, ends in zip(learned, ranges, strict=True)]
+            for _ in range(2)
+        )  # fmt: skip
+        own, other = ([scratch(place) for _ in range(2)] for _ in range(2))
+        for i, step in enumerate(batches):
+            x = batch(shape, step, theirs[0][0], dtype, layout).to(place)
+            learns = bool(x.numel()) and (observes or i == 0)
+            flat = [t for state in mine for t in state]
+            y, _ = fast_kernels.sigmoid(x, [*mine[0], *fresh(grid, None, place)], [], hard, None, *grid)
+            a, passes = plain_kernels._fake_quantized(plain_kernels.dense(x), theirs[0], grid)
+            assert_sigmoid_of(a, hard, y)
+            wanted, y_passes = plain_kernels._fake_quantized(y, theirs[1], grid)
+            wanted_used = plain_kernels._numbers([t for state in theirs for t in state])
+            out, used = fast_kernels.sigmoid(x, flat, own if learns else [], hard, constant, *grid)
+            assert_identical(out, wanted)
+            if x.numel():
+                assert_identical(used, wanted_used)
+            for seen, state, words in zip((plain_kernels.dense(x), y), theirs, other, strict=True):
+                if learns:
+                    plain_kernels._learn(seen, state, plain_kernels.state_before(words), constant, grid)
+            for state, words, wanted_state, wanted_words in zip(mine, own, theirs, other, strict=True):
+                assert_learned_alike(state, words, wanted_state, wanted_words)
+            grad = laid_out(torch.randn(x.shape).to(dtype), layout).to(place)
+            found = fast_kernels.sigmoid_gradient(grad, x, used, hard, grid.quant_min, grid.quant_max)
+            grad = grad.contiguous(memory_format=plain_kernels.memory_format(a))
+            assert_sigmoids_gradient(grad, a, passes & y_passes, hard, found)
+
+
+@on_each_device
+@given(
+    data=st.data(), grid=grids, constant=constants, shape=shapes, layout=layouts, batches=steps(),
+)  # fmt: skip
+def test_a_hard_sigmoids_kernel_is_the_plain_one(
+    device: str, data: st.DataObject, grid: Grid, constant: float | None, shape: tuple[int, ...], layout: str, batches: list[Any]
+) -> None:
+    dtype = data.draw(st.sampled_from(FLOATS))
+    with rounding_kernels(device) as place:
+        (mine, own), (theirs, other) = (
+            ([fresh(grid, None, place) for _ in range(2)], [scratch(place) for _ in range(2)]) for _ in range(2)
+        )
+        for step in batches:
+            x = batch(shape, step, theirs[0][0], dtype, layout).to(place)
+            out, used = fast_kernels.sigmoid(x, [*mine[0], *mine[1]], own, True, constant, *grid)
+            wanted, wanted_used = plain_kernels.sigmoid(x, [*theirs[0], *theirs[1]], other, True, constant, *grid)
+            assert_identical(out, wanted)
+            for state, words, wanted_state, wanted_words in zip(mine, own, theirs, other, strict=True):
+                assert_learned_alike(state, words, wanted_state, wanted_words)
+            grad, ends = torch.randn(x.shape).to(place, dtype), (grid.quant_min, grid.quant_max)
+            assert_identical(
+                fast_kernels.sigmoid_gradient(grad, x, used, True, *ends),
+                plain_kernels.sigmoid_gradient(grad, x, wanted_used, True, *ends),
+            )
+
+
 @on_each_device
 @given(data=st.data(), grid=grids, shape=shapes, layout=layouts, batches=steps())
 def test_a_weights_kernel_is_the_plain_one(
@@ -802,6 +923,54 @@ def test_a_gated_operator_is_its_steps_and_their_gradient(
 
 
 @pytest.mark.parametrize("hard", [True, False])
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+@given(
+    spec=strategies.specs(per_channel=False), observer=st.sampled_from(["min_max", "moving_average"]), shape=shapes,
+    layout=layouts, of_grad=layouts, batches=steps(),
+)  # fmt: skip
+def test_a_sigmoids_operator_is_the_modules_around_it(
+    dtype: torch.dtype, hard: bool, spec: QuantSpec, observer: Any, shape: tuple[int, ...], layout: str, of_grad: str,
+    batches: list[Any],
+) -> None:  # fmt: skip
+    """Value and states, bit for bit of tensors that lie alike; gradients, and those of second order, in the digits of float32 and
+    of the dtype, in which PyTorch holds the sigmoid that its slope is made of. (Of a hard one it has no second derivative.)"""
+    function = torch.nn.functional.hardsigmoid if hard else torch.sigmoid
+    spec = dataclasses.replace(spec, observer=observer)
+    modules, states, words, grid = [FakeQuantize(spec) for _ in range(2)], [fresh(spec.grid) for _ in range(2)], [], spec.grid
+    for module in modules:
+        module._is_fast_on_cpu = lambda x: False  # type: ignore[method-assign]
+        words.append(scratch())
+    for size, _, seed in batches:
+        x = batch(shape, (size, False, seed), states[0][0], dtype, layout)
+        leaves = [t.clone().requires_grad_() for t in (x, plain_kernels.dense(x))]
+        for module in modules:
+            module._known = False
+        outs = (
+            operators.fake_quantize_sigmoid(leaves[0], tuple(states), words, hard, modules[0].constant, grid),  # type: ignore[arg-type]
+            modules[1](function(modules[0](leaves[1]))),
+        )
+        torch.testing.assert_close(*outs, rtol=0.0, atol=0.0)
+        for state, module in zip(states, modules, strict=True):
+            assert_all_identical(state, module.state)
+        grad = laid_out(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype), of_grad)
+        grads = grad, grad.contiguous(memory_format=plain_kernels.memory_format(outs[0]))
+        once, twice = [], []
+        for out, leaf, grad in zip(outs, leaves, grads, strict=True):
+            once += torch.autograd.grad(out, leaf, grad, retain_graph=True)
+            grad = grad.clone().requires_grad_()
+            (first,) = torch.autograd.grad(out, leaf, grad, create_graph=True)
+            if hard:
+                with pytest.raises(RuntimeError, match="derivative for aten::hardsigmoid_backward is not implemented"):
+                    torch.autograd.grad(first, leaf, torch.ones_like(first))
+            second = () if hard else torch.autograd.grad(first, (grad, leaf), torch.ones_like(first))
+            twice.append((first.detach(), *second))
+        slack = 4 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+        torch.testing.assert_close(*once, rtol=slack, atol=slack)
+        for mine, theirs in zip(*twice, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=slack, atol=slack)
+
+
+@pytest.mark.parametrize("hard", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
 @given(grid=grids, seed=st.integers(0, 99), shape=normed, layout=layouts)
 def test_a_norm_and_its_gate_are_their_steps_and_their_gradient(
@@ -1098,6 +1267,9 @@ def _arguments(layout: str) -> dict[str, tuple[Any, ...]]:
         "fake_quantize_gated": (x(), three, [scratch() for _ in range(3)], True, 0.01, *_GRID),
         "fake_quantize_gated that learns nothing": (x(), three, [], False, None, *_GRID),
         "gated_gradient": (torch.randn(3, 2, 4, 5), x().detach(), used, True, 0, 255),
+        "fake_quantize_sigmoid": (x(), three[:8], [scratch() for _ in range(2)], False, 0.01, *_GRID),
+        "fake_quantize_sigmoid that learns nothing": (x(), three[:8], [], True, None, *_GRID),
+        "sigmoid_gradient": (torch.randn(3, 2, 4, 5), x().detach(), used[:6].clone(), False, 0, 255),
         "batch_norm_activation": (x(), *affine, *running, 0.1, 1e-5, *learns),
         "batch_norm_activation that keeps ends": (
             x(), None, None, *running, 0.1, 1e-5, *fresh(_GRID), scratch(), True, False, None, None, 0.01, *_GRID
@@ -1150,6 +1322,7 @@ def test_autocast_changes_nothing_but_a_weight_asked_for(kind: torch.dtype) -> N
         assert_identical(out, wanted)
         gated = operators.fake_quantize_gated(x, (state, state, state), [], True, None, _GRID)
         assert gated.dtype == torch.float32
+        assert operators.fake_quantize_sigmoid(x, (state, state), [], False, None, _GRID).dtype == torch.float32
         for dtype in (torch.float32, kind):
             cast = operators.fake_quantize_weight(weight, fresh(_WEIGHT, 4), _WEIGHT, dtype)
             assert_identical(cast.detach(), whole.to(dtype))
@@ -1165,12 +1338,16 @@ def test_tracers_see_one_operator(mode: Any) -> None:
     def gelu(x: Tensor, words: Tensor, *state: Tensor) -> Tensor:
         return operators.fake_quantize_gelu(x, state, words, 0.01, _GRID)  # type: ignore[arg-type]
 
+    def sigmoid(x: Tensor, *rest: Tensor) -> Tensor:
+        return operators.fake_quantize_sigmoid(x, (rest[2:6], rest[6:]), list(rest[:2]), False, 0.01, _GRID)  # type: ignore[arg-type]
+
     def weight(x: Tensor, *state: Tensor) -> Tensor:
         return operators.fake_quantize_weight(x, state, _WEIGHT, torch.bfloat16)  # type: ignore[arg-type]
 
     for function, args, name in (
         (activation, (torch.randn(3, 5), scratch(), *fresh(_GRID)), "fake_quantize_activation"),
         (gelu, (torch.randn(3, 5), scratch(), *fresh(_GRID)), "fake_quantize_gelu"),
+        (sigmoid, (torch.randn(3, 5), scratch(), scratch(), *fresh(_GRID), *fresh(_GRID)), "fake_quantize_sigmoid"),
         (weight, (torch.randn(3, 5), *fresh(_WEIGHT, 3)), "fake_quantize_weight"),
     ):
         kept = [t.clone() for t in args]

@@ -25,6 +25,8 @@ ACTS: dict[str, Callable[[], list[nn.Module]]] = {
     "GELU": lambda: [nn.GELU()],
     "SiLU": lambda: [nn.SiLU()],
     "Hardswish": lambda: [nn.Hardswish()],
+    "Sigmoid": lambda: [nn.Sigmoid()],
+    "Hardsigmoid": lambda: [nn.Hardsigmoid()],
 }
 
 
@@ -200,6 +202,28 @@ def test_a_change_inside_a_gate_is_seen(part: str, change: Any, plain_launches: 
             if seed == 2:
                 for each in (model, other):
                     change(getattr(each[0].act, part))
+            assert_same(step(model, seed), step(forget(other), seed))
+
+
+def _of_input(change: Any) -> Any:
+    return lambda act: change(act.input_fake_quant)
+
+
+@pytest.mark.parametrize("act", ["Sigmoid", "Hardsigmoid"])
+@pytest.mark.parametrize(
+    "change",
+    [*map(_of_input, (eagerq.disable_observer, eagerq.disable_fake_quant, _hook, nn.Module.eval)), _hook,
+     lambda act: _hook(act.act), lambda act: setattr(act, "act", nn.Tanh()), lambda act: setattr(act, "squash", None)],
+)  # fmt: skip
+def test_a_change_inside_a_sigmoid_is_seen(change: Any, act: str, plain_launches: None) -> None:
+    for norm in (True, False):
+        model, other = net(act, norm), net(act, norm)
+        for seed in range(4):
+            if seed == 2:
+                assert model[0] in remembered(model) and model[0].settled() is not None
+                for each in (model, other):
+                    change(each[0].act)
+                assert model[0].settled() is None
             assert_same(step(model, seed), step(forget(other), seed))
 
 

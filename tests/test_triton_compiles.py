@@ -12,7 +12,7 @@ triton: Any = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from eagerq.quant import triton_gated_norms, triton_gates, triton_kernels, triton_norms  # noqa: E402
+from eagerq.quant import triton_gated_norms, triton_gates, triton_kernels, triton_norms, triton_sigmoids  # noqa: E402
 
 #: What a launch may leave out, here all or nothing; a range that is symmetric, or not.
 FLAGS = (
@@ -32,7 +32,7 @@ NUMBERS = frozenset(("n", "rows", "chunk", "parts", "channels", "length"))
 def launched() -> dict[str, Any]:
     """The functions that ask which program they are: kernels, not what kernels call."""
     found = {}
-    for module in (triton_kernels, triton_gates, triton_norms, triton_gated_norms):
+    for module in (triton_kernels, triton_gates, triton_sigmoids, triton_norms, triton_gated_norms):
         for node in ast.parse(Path(str(module.__file__)).read_text()).body:
             if isinstance(node, ast.FunctionDef) and "program_id" in ast.dump(node):
                 found[node.name] = getattr(module, node.name)
@@ -52,6 +52,7 @@ def typed(name: str, kind: str) -> str:
 
 def test_there_are_kernels() -> None:
     some = {"_activation_forward", "_gelu_gradient", "_gated_backward", "_norm_statistics", "_norm_gated_forward"}
+    some |= {"_sigmoid_forward", "_sigmoid_backward"}
     assert some <= launched().keys()
 
 

@@ -123,6 +123,28 @@ def gated_gradient(grad: Tensor, x: Tensor, used: Tensor, hard: bool, quant_min:
     return out
 
 
+def sigmoid(
+    x: Tensor, state: list[Tensor], scratch: list[Tensor], hard: bool, constant: float | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    kernels = _triton("sigmoids")
+    if kernels is None or x.dtype not in DTYPES:
+        return plain.sigmoid(x, state, scratch, hard, constant, *rest)
+    x = plain.dense(x)
+    out, used = torch.empty_like(x), plain.used_of(x, plain.SIGMOID_USED)
+    kernels.forward(x, out, used, scratch, state, hard, constant, Grid(*rest))
+    return out, used
+
+
+def sigmoid_gradient(grad: Tensor, x: Tensor, used: Tensor, hard: bool, quant_min: int, quant_max: int) -> Tensor:
+    kernels = _triton("sigmoids")
+    if kernels is None or not {grad.dtype, x.dtype} <= DTYPES:
+        return plain.sigmoid_gradient(grad, x, used, hard, quant_min, quant_max)
+    x = plain.dense(x)
+    out = torch.empty_like(x)
+    kernels.backward(grad.contiguous(memory_format=memory_format(x)), x, out, used, hard, quant_min, quant_max)
+    return out
+
+
 def _of_norm(x: Tensor, name: str = "norms") -> ModuleType | None:
     """The kernels of norms, where they serve: of channels that lie side by side."""
     return _triton(name) if x.dtype in DTYPES and plain.has_channels_last(x) else None

@@ -10,6 +10,8 @@ r"""Fake quantization as ``torch.library`` operators that do in one pass what th
   ``eagerq::gelu_gradient`` needs :math:`x`, which the float form keeps too, and the mask.
 - ``eagerq::fake_quantize_gated``: SiLU or Hardswish as engines compute it, :math:`Q_y(Q_x(x)\, Q_g(g(Q_x(x))))`, with its three
   quantizers; its backward ``eagerq::gated_gradient`` finds them again from :math:`x`, which the float form keeps too.
+- ``eagerq::fake_quantize_sigmoid``: a sigmoid or hard sigmoid that is a table over codes, :math:`Q_y(f(Q_x(x)))`, with its two
+  quantizers; its backward ``eagerq::sigmoid_gradient`` finds them again from :math:`x`.
 - ``eagerq::batch_norm_activation``: a batch norm in training before all that, in the passes that it takes itself: statistics and
   the ends of each channel of x, then :math:`\hat a` of :math:`a = \mathrm{clamp}((x - \mu)\,\gamma/\sigma + \beta, low, high)`.
   A norm is monotone in each channel, after every rounding too, so the ends of its output are images of those of x. Its backward
@@ -34,7 +36,7 @@ from torch import Tensor
 
 from eagerq.quant import fast_kernels as fast
 from eagerq.quant import plain_kernels as plain
-from eagerq.quant.functional import Bounds
+from eagerq.quant.functional import Bounds, straight_through
 from eagerq.quant.plain_kernels import State, memory_format
 from eagerq.quant.spec import Grid
 
@@ -59,6 +61,9 @@ _SCHEMAS = {
     "fake_quantize_gated": f"(Tensor x, Tensor(a!)[] state, Tensor(b!)[] scratch, bool hard, float? constant, {_GRID})"
     " -> (Tensor, Tensor)",
     "gated_gradient": "(Tensor grad, Tensor x, Tensor used, bool hard, int quant_min, int quant_max) -> Tensor",
+    "fake_quantize_sigmoid": f"(Tensor x, Tensor(a!)[] state, Tensor(b!)[] scratch, bool hard, float? constant, {_GRID})"
+    " -> (Tensor, Tensor)",
+    "sigmoid_gradient": "(Tensor grad, Tensor x, Tensor used, bool hard, int quant_min, int quant_max) -> Tensor",
     "batch_norm_activation": f"{_NORM} -> (Tensor, Tensor)",
     "batch_norm_statistics": f"{_NORM} -> Tensor",
     "batch_norm_sums": "(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor kept, float? low, float? high,"
@@ -74,8 +79,8 @@ _SCHEMAS = {
 #: dispatcher would enter Python twice.
 BELOW = "_below_autograd"
 _WITH_BELOW = (
-    "fake_quantize_activation", "masked_gradient", "fake_quantize_gelu", "fake_quantize_gated", "batch_norm_gated",
-    "fake_quantize_weight",
+    "fake_quantize_activation", "masked_gradient", "fake_quantize_gelu", "fake_quantize_gated", "fake_quantize_sigmoid",
+    "batch_norm_gated", "fake_quantize_weight",
 )  # fmt: skip
 
 _LIBRARY: Any = torch.library.Library("eagerq", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -94,6 +99,9 @@ _gelu_gradient = torch.ops.eagerq.gelu_gradient.default
 _gated = torch.ops.eagerq.fake_quantize_gated.default
 _gated_below = torch.ops.eagerq.fake_quantize_gated_below_autograd.default
 _gated_gradient = torch.ops.eagerq.gated_gradient.default
+_sigmoid = torch.ops.eagerq.fake_quantize_sigmoid.default
+_sigmoid_below = torch.ops.eagerq.fake_quantize_sigmoid_below_autograd.default
+_sigmoid_gradient = torch.ops.eagerq.sigmoid_gradient.default
 _weight = torch.ops.eagerq.fake_quantize_weight.default
 _weight_below = torch.ops.eagerq.fake_quantize_weight_below_autograd.default
 _norm = torch.ops.eagerq.batch_norm_activation.default
@@ -176,6 +184,31 @@ def gated_call(
     """``fake_quantize_gated`` of tensors that are plain, bound to all else."""
     rest = ([t for state in states for t in state], scratch, hard, constant, *grid)
     apply: Any = _GatedNow.apply
+    return lambda x: apply(x, rest)
+
+
+def fake_quantize_sigmoid(
+    x: Tensor, states: tuple[State, State], scratch: list[Tensor], hard: bool, constant: float | None, grid: Grid
+) -> Tensor:
+    """Sigmoid of codes; see the module's text.
+
+    Args:
+        x: as of ``fake_quantize_activation``.
+        states: of the quantizers of x and of the result.
+        scratch: theirs; none quantizes and learns nothing.
+        hard: it is a hard sigmoid.
+        constant, grid: of both.
+    """
+    if fast.is_plain(x):
+        return sigmoid_call(states, scratch, hard, constant, grid)(x)
+    out: Tensor = _sigmoid(x, [t for state in states for t in state], scratch, hard, constant, *grid)[0]
+    return out
+
+
+def sigmoid_call(states: tuple[State, State], scratch: list[Tensor], hard: bool, constant: float | None, grid: Grid) -> Call:
+    """``fake_quantize_sigmoid`` of tensors that are plain, bound to all else."""
+    rest = ([t for state in states for t in state], scratch, hard, constant, *grid)
+    apply: Any = _SigmoidNow.apply
     return lambda x: apply(x, rest)
 
 
@@ -290,6 +323,10 @@ def _fake_gated(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 def _fake_gated_gradient(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(plain.dense(x))
+
+
+def _fake_sigmoid(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(plain.dense(x)), plain.used_of(x, plain.SIGMOID_USED)
 
 
 def _fake_norm(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -459,6 +496,40 @@ class _GatedNow(_Gated):
         return out
 
 
+class _Sigmoid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        out, used = _below(x, _sigmoid_below, fast.sigmoid, *rest)
+        ctx.mark_non_differentiable(used)
+        _Gated.keep(ctx, x, used, rest)
+        return out, used
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, None]:  # type: ignore[override]
+        if grad is None:
+            return None, None
+        x, used = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody will differentiate the gradient, by x too
+            with torch.no_grad():
+                a, passes = plain.sigmoid_passing(x, used, *ctx.arguments)
+            passed, a = torch.where(passes, grad, 0.0), straight_through(x, a)
+            if ctx.arguments[0]:
+                return torch.ops.aten.hardsigmoid_backward(passed, a), None
+            return torch.ops.aten.sigmoid_backward(passed, torch.sigmoid(a)), None
+        gradient: Any = fast.sigmoid_gradient if fast.is_plain(grad) else _sigmoid_gradient
+        return gradient(grad, x, used, *ctx.arguments), None
+
+
+class _SigmoidNow(_Sigmoid):
+    """As ``_ActivationNow``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> Tensor:  # type: ignore[override]
+        out, used = fast.sigmoid(x, *rest)
+        _Gated.keep(ctx, x, used, rest)
+        return out
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
@@ -601,6 +672,8 @@ for _name, _function, _plain, _fast, _fake in (
     ("gelu_gradient", None, plain.gelu_gradient, fast.gelu_gradient, _fake_gelu_gradient),
     ("fake_quantize_gated", _Gated, plain.gated, fast.gated, _fake_gated),
     ("gated_gradient", None, plain.gated_gradient, fast.gated_gradient, _fake_gated_gradient),
+    ("fake_quantize_sigmoid", _Sigmoid, plain.sigmoid, fast.sigmoid, _fake_sigmoid),
+    ("sigmoid_gradient", None, plain.sigmoid_gradient, fast.sigmoid_gradient, _fake_gated_gradient),
     ("batch_norm_activation", _Norm, plain.norm_activation, fast.norm_activation, _fake_norm),
     ("batch_norm_gated", _NormGated, plain.norm_gated, fast.norm_gated, _fake_norm_gated),
     ("batch_norm_gated_gradient", None, plain.norm_gated_gradient, fast.norm_gated_gradient, _fake_norm_gated_gradient),

@@ -36,6 +36,8 @@ NUMBERS = 9
 ENTRIES = 2 * CODES  # the last is for NaN
 RESULTS, SLOPES, PRODUCTS = 16, 16 + ENTRIES, 16 + 2 * ENTRIES
 USED = 16 + 3 * ENTRIES
+#: What a sigmoid's forward keeps: those numbers of two quantizers.
+SIGMOID_USED = 6
 
 
 def state_before(scratch: Tensor) -> State:
@@ -158,13 +160,55 @@ def _gate(x: Tensor, hard: bool) -> Tensor:
     return wide.div_(torch.full_like(wide, 6)).to(x.dtype)  # by a tensor: CUDA's hard sigmoid multiplies by a sixth
 
 
+def _slope(x: Tensor, hard: bool) -> Tensor:
+    """The gate's derivative, in float32."""
+    wide = x.float()
+    if hard:
+        return torch.where((wide > -3) & (wide < 3), 1 / 6, 0.0)
+    fine = _gate(wide, hard)
+    return fine * (1 - fine)
+
+
+def _numbers(state: list[Tensor]) -> Tensor:
+    """Scale, zero point and whether a range is known, of each quantizer."""
+    each = [t.reshape(()).float() for s, z, low, high in _states(state) for t in (s, z, (low != 0) | (high != 0))]
+    return torch.stack(each)
+
+
+def sigmoid(
+    x: Tensor, state: list[Tensor], scratch: list[Tensor], hard: bool, constant: float | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    grid, (of_x, of_y) = Grid(*rest), _states(state)
+    x = dense(x)
+    used = _numbers(state)
+    a, _ = _fake_quantized(x, of_x, grid)
+    y = _gate(a, hard)
+    out, _ = _fake_quantized(y, of_y, grid)
+    if scratch and x.numel():
+        for seen, own, kept in zip((x, y), (of_x, of_y), scratch, strict=True):
+            _learn(seen, own, state_before(kept), constant, grid)
+    return out, used
+
+
+def sigmoid_passing(x: Tensor, used: Tensor, hard: bool, quant_min: int, quant_max: int) -> tuple[Tensor, Tensor]:
+    """Of what ``sigmoid`` used: the quantized input, and where the gradient passes."""
+    grid = Grid(quant_min, quant_max, 0, 0, False, False)
+    of_x, of_y = ((s, z.to(torch.int32), k, k) for s, z, k in used.reshape(2, 3))
+    a, passes = _fake_quantized(dense(x), of_x, grid)
+    return a, passes & _fake_quantized(_gate(a, hard), of_y, grid)[1]
+
+
+def sigmoid_gradient(grad: Tensor, x: Tensor, used: Tensor, hard: bool, quant_min: int, quant_max: int) -> Tensor:
+    a, passes = sigmoid_passing(x, used, hard, quant_min, quant_max)
+    return torch.where(passes, grad.float() * _slope(a, hard), 0.0).to(grad.dtype)
+
+
 def gated(
     x: Tensor, state: list[Tensor], scratch: list[Tensor], hard: bool, constant: float | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     grid, (of_x, of_gate, of_y) = Grid(*rest), _states(state)
     x = dense(x)
-    numbers = [t.reshape(()).float() for s, z, low, high in _states(state) for t in (s, z, (low != 0) | (high != 0))]
-    used = torch.cat([torch.stack(numbers), x.new_zeros(USED - NUMBERS, dtype=torch.float32)])
+    used = torch.cat([_numbers(state), x.new_zeros(USED - NUMBERS, dtype=torch.float32)])
     a, _ = _fake_quantized(x, of_x, grid)
     gate = _gate(a, hard)
     b, _ = _fake_quantized(gate, of_gate, grid)
@@ -184,15 +228,13 @@ def gated_gradient(grad: Tensor, x: Tensor, used: Tensor, hard: bool, quant_min:
     gate = _gate(a, hard)
     b, gate_passes = _fake_quantized(gate, of_gate, grid)
     _, y_passes = _fake_quantized(a * b, of_y, grid)
-    wide, fine = a.float(), _gate(a.float(), hard)
-    slope = torch.where((wide > -3) & (wide < 3), 1 / 6, 0.0) if hard else fine * (1 - fine)
-    slope = b.float() + torch.where(gate_passes, wide * slope, 0.0)
+    slope = b.float() + torch.where(gate_passes, a.float() * _slope(a, hard), 0.0)
     return torch.where(passes & y_passes, grad.float() * slope, 0.0).to(grad.dtype)
 
 
-def used_of(x: Tensor) -> Tensor:
-    """Memory of what a gate's forward keeps."""
-    return torch.empty(USED, dtype=torch.float32, device=x.device)
+def used_of(x: Tensor, numbers: int = USED) -> Tensor:
+    """Memory of what a gate's forward keeps, or a sigmoid's."""
+    return torch.empty(numbers, dtype=torch.float32, device=x.device)
 
 
 def kept_of(x: Tensor) -> Tensor:

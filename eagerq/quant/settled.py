@@ -19,7 +19,7 @@ from eagerq.quant.plain_kernels import has_channels_last
 #: What decides, of the attributes of modules, quantizers, observers, norms and activations.
 _ATTRIBUTES = (
     "training", "fake_quant_enabled", "observer_enabled", "observed", "spec", "ranks",
-    "momentum", "eps", "track_running_stats", "gate", "min_val", "max_val", "approximate",
+    "momentum", "eps", "track_running_stats", "gate", "squash", "min_val", "max_val", "approximate",
 )  # fmt: skip
 
 

@@ -116,13 +116,19 @@ def _through_gate(
 
 
 @triton.jit
-def _slope(a, fine, b, gate_passes, HARD: tl.constexpr):
-    """The derivative of the product by its quantized input."""
+def _gates_slope(a, fine, HARD: tl.constexpr):
+    """The gate's derivative by its quantized input."""
     if HARD:
         slope = tl.where((a > -3.0) & (a < 3.0), 1.0 / 6.0, 0.0)
     else:
         slope = fine * (1.0 - fine)
-    return b + tl.where(gate_passes, a * slope, 0.0)
+    return slope
+
+
+@triton.jit
+def _slope(a, fine, b, gate_passes, HARD: tl.constexpr):
+    """The derivative of the product by its quantized input."""
+    return b + tl.where(gate_passes, a * _gates_slope(a, fine, HARD), 0.0)
 
 
 @triton.jit
@@ -241,7 +247,7 @@ def _learn_both(
     scratch, at, state, constant, QMIN: tl.constexpr, QMAX: tl.constexpr, LEVELS: tl.constexpr, FIXED_ZERO: tl.constexpr,
     SYMMETRIC: tl.constexpr, POWER_OF_TWO: tl.constexpr, MIN_MAX: tl.constexpr,
 ):  # fmt: skip
-    """``_learn`` of the quantizers of gate and product."""
+    """``_learn`` of two quantizers."""
     for i in tl.static_range(2):
         _learn(
             scratch[i], at[i], state[i], constant, QMIN, QMAX, LEVELS, FIXED_ZERO, SYMMETRIC, POWER_OF_TWO, MIN_MAX

@@ -184,9 +184,9 @@ class LoneNorm(WithBn, ScaleOp):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _gate_of(act: nn.Module) -> SplitActivation | None:
-    """The activation, if it is a gate in quantized steps."""
-    return act if type(act) is SplitActivation and act.gate is not None else None
+def _split_of(act: nn.Module) -> SplitActivation | None:
+    """The activation, if it is a gate or a sigmoid in quantized steps."""
+    return act if type(act) is SplitActivation and (act.gate is not None or act.squash is not None) else None
 
 
 class HoldsAct(QATBase):
@@ -207,8 +207,9 @@ class HoldsAct(QATBase):
             input = quantizes_input(input)
         settled = self.settled()
         if settled is None:
-            bounds, gate = bounds_of(act), _gate_of(act)
-            asks = (bounds is not None or gate is not None) and self.asks_kernels(input, quantizer)
+            bounds, steps = bounds_of(act), _split_of(act)
+            ends_norm = bounds is not None or (steps is not None and steps.gate is not None)
+            asks = ends_norm and self.asks_kernels(input, quantizer)
         else:
             asks = settled.with_norm
         before = self.before_norm(input, *args, **kwargs) if asks else None
@@ -216,17 +217,17 @@ class HoldsAct(QATBase):
         if settled is not None:
             if settled.serves(x, before is not None):
                 return settled.call(x)
-            bounds, gate = bounds_of(act), _gate_of(act)
+            bounds, steps = bounds_of(act), _split_of(act)
         done: Tensor | None = None
         if before is not None:
             norm, _ = before
             if is_plain_norm(norm, x):
-                done = quantizer.of_norm(norm, x, bounds) if gate is None else gate.of_norm(norm, x, quantizer)
+                done = quantizer.of_norm(norm, x, bounds) if steps is None else steps.of_norm(norm, x, quantizer)
             if done is not None:
                 self.settle_end(x, quantizer, norm, act)
                 return done
             x = norm(x)
-        if gate is not None and (done := gate.in_one_pass(x, quantizer)) is not None:
+        if steps is not None and (done := steps.in_one_pass(x, quantizer)) is not None:
             if before is None:
                 self.settle_end(x, quantizer, None, act)
             return done

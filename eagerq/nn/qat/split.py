@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +15,17 @@ from eagerq.quant.code_functions import hardsigmoid_sum
 from eagerq.quant.code_values import Coded
 from eagerq.quant.codes import CodeTensor
 from eagerq.quant.fake_quantize import FakeQuantize, is_recomputing
-from eagerq.quant.operators import Call, batch_norm_gated, fake_quantize_gated, gated_call, norm_gated_call
-from eagerq.quant.plain_kernels import State, has_channels_last, state_before
+from eagerq.quant.operators import (
+    Call,
+    batch_norm_gated,
+    fake_quantize_gated,
+    fake_quantize_sigmoid,
+    gated_call,
+    norm_gated_call,
+    sigmoid_call,
+)
+from eagerq.quant.plain_kernels import has_channels_last, state_before
 from eagerq.quant.spec import QConfig
-
-_Three = tuple[FakeQuantize, FakeQuantize, FakeQuantize]
 
 #: f(x) = x g(x), as the engine multiplies; torch's class of f, f and g.
 _GATED: tuple[tuple[type[nn.Module], Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]], ...] = (
@@ -46,15 +53,20 @@ def _gate_of(act: nn.Module) -> Callable[[Tensor], Tensor] | None:
     return next((g for kind, f, g in _GATED if type(act) is kind or _computes(act, f)), None)
 
 
+def _squash_of(act: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    return next((f for kind, f in _TABLED if f is not None and (type(act) is kind or _computes(act, f))), None)
+
+
 def _is_tabled(act: nn.Module) -> bool:
-    return any(type(act) is kind or (f is not None and _computes(act, f)) for kind, f in _TABLED)
+    return type(act) in [kind for kind, _ in _TABLED] or _squash_of(act) is not None
 
 
 class SplitActivation(nn.Module):
     r"""``act`` of a quantized input; SiLU and Hardswish as :math:`Q(x)\,Q(g(Q(x)))`, where the config names their gate.
 
     The output is quantized by the module that holds this one. ``input_fake_quant`` quantizes what the linear map
-    gives, ``gate_fake_quant`` the gate (None without one). Where the config names ``"hardsigmoid"``, a hard sigmoid is
+    gives, ``gate_fake_quant`` the gate (None without one). ``squash`` is a sigmoid or hard sigmoid, which a kernel computes with
+    the quantizers around it (None for other functions). Where the config names ``"hardsigmoid"``, a hard sigmoid is
     exported as :math:`x/6 + 1/2` if its quantizer clips as it does (``sums``).
     """
 
@@ -67,9 +79,13 @@ class SplitActivation(nn.Module):
         gate = _gate_of(act)
         self.gate = gate if gate is not None and gate.__name__ in qconfig.gates else None
         self.gate_fake_quant = None if self.gate is None else _quantizer(qconfig, like)
-        hard = self.gate is F.hardsigmoid or type(act) is nn.Hardsigmoid or _computes(act, F.hardsigmoid)
-        self.sums = hard and "hardsigmoid" in qconfig.gates
+        self.squash, self._squashes = _squash_of(act), type(act)
+        self.sums = self._is_hard and "hardsigmoid" in qconfig.gates
         self.train(act.training)
+
+    @property
+    def _is_hard(self) -> bool:
+        return self.gate is F.hardsigmoid or self.squash is F.hardsigmoid
 
     def _of(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """``function``, which may be a hard sigmoid, of x."""
@@ -80,68 +96,75 @@ class SplitActivation(nn.Module):
         return function(x)
 
     def in_one_pass(self, x: Tensor, quantizer: nn.Module | None) -> Tensor | None:
-        """``quantizer(self(x))`` where a kernel serves a gate and its three quantizers; None where none does."""
+        """``quantizer(self(x))`` where a kernel serves a gate and its three quantizers, or a sigmoid and its two; None where none
+        does."""
         quantizers = self._one_pass(x, quantizer)
         if quantizers is None:
             return None
         states, scratch, learns = self._given(quantizers, x)
-        first, hard = quantizers[0], self.gate is F.hardsigmoid
-        return fake_quantize_gated(x, states, scratch if learns else [], hard, first.constant, first.spec.grid)
+        first, operator = quantizers[0], fake_quantize_sigmoid if self.gate is None else fake_quantize_gated
+        return operator(x, states, scratch if learns else [], self._is_hard, first.constant, first.spec.grid)
 
     def of_norm(self, norm: nn.Module, x: Tensor, quantizer: nn.Module | None) -> Tensor | None:
-        """``quantizer(self(norm(x)))`` in the passes that the norm takes; None where its kernels do not serve.
+        """``quantizer(self(norm(x)))`` of a gate in the passes that the norm takes; None where its kernels do not serve.
 
         Args:
             norm: PyTorch's own batch norm, as ``is_plain_norm`` says; its statistics learn.
         """
-        quantizers = self._one_pass(x, quantizer) if has_channels_last(x) else None
+        quantizers = self._one_pass(x, quantizer) if self.gate is not None and has_channels_last(x) else None
         if quantizers is None:
             return None
         states, scratch, learns = self._given(quantizers, x)
-        first, hard = quantizers[0], self.gate is F.hardsigmoid
-        return batch_norm_gated(x, norm, states, scratch, learns, hard, first.constant, first.spec.grid)
+        first = quantizers[0]
+        return batch_norm_gated(x, norm, states, scratch, learns, self._is_hard, first.constant, first.spec.grid)
 
     def call(self, quantizer: FakeQuantize, norm: nn.Module | None) -> Call | None:
         """What ``of_norm`` does, or without a norm ``in_one_pass``, while nothing changes that they look at; None where
         something does with each batch."""
-        first, second = self.input_fake_quant, self.gate_fake_quant
-        if not (isinstance(first, FakeQuantize) and isinstance(second, FakeQuantize)):
+        quantizers = self._around(quantizer)
+        if not all(isinstance(q, FakeQuantize) and q.is_settled for q in quantizers):
             return None
-        three = (first, second, quantizer)
-        if not all(q.is_settled for q in three):
-            return None
-        states, scratch, learns = (first.state, second.state, quantizer.state), [q.scratch for q in three], first.learns
-        hard, constant, grid = self.gate is F.hardsigmoid, first.constant, first.spec.grid
+        states: tuple[Any, ...] = tuple(q.state for q in quantizers)
+        first, scratch = quantizers[0], [q.scratch for q in quantizers]
+        learns, hard, constant, grid = first.learns, self._is_hard, first.constant, first.spec.grid
         if norm is None:
-            return gated_call(states, scratch if learns else [], hard, constant, grid)
+            bound = sigmoid_call if self.gate is None else gated_call
+            return bound(states, scratch if learns else [], hard, constant, grid)
         return norm_gated_call(norm, states, scratch, learns, hard, constant, grid)
 
-    def _one_pass(self, x: Tensor, quantizer: nn.Module | None) -> _Three | None:
-        """The quantizers of input, gate and product, if kernels may compute them together."""
-        first, second, third = self.input_fake_quant, self.gate_fake_quant, quantizer
-        if not (type(first) is FakeQuantize and type(second) is FakeQuantize and type(third) is FakeQuantize):
+    def _around(self, quantizer: nn.Module | None) -> tuple[Any, ...]:
+        """The quantizers of input, gate, if there is one, and result."""
+        gates = () if self.gate is None else (self.gate_fake_quant,)
+        return self.input_fake_quant, *gates, quantizer
+
+    def _one_pass(self, x: Tensor, quantizer: nn.Module | None) -> tuple[FakeQuantize, ...] | None:
+        """Those, if kernels may compute them together."""
+        # compilers fuse a sigmoid themselves
+        if self.gate is None and (self.squash is None or torch.compiler.is_compiling() or type(self.act) is not self._squashes):
             return None
-        three = (first, second, third)
+        quantizers = self._around(quantizer)
+        if not all(type(q) is FakeQuantize for q in quantizers):
+            return None
+        first = quantizers[0]
         like = (first.spec, first.learns)
-        if not fast_kernels.are_fast(x) or any((q.spec, q.learns) != like or not q.is_one_pass(x) for q in three):
+        if not fast_kernels.are_fast(x) or any((q.spec, q.learns) != like or not q.is_one_pass(x) for q in quantizers):
             return None
-        if not all(q.has_kernels_state(x) for q in three):  # which compilers have not asked yet
+        if not all(q.has_kernels_state(x) for q in quantizers):  # which compilers have not asked yet
             return None
-        if (first.learns and not all(q.is_learned_by_kernels for q in three)) or any(map(is_hooked, (self, self.act, *three))):
+        if first.learns and not all(q.is_learned_by_kernels for q in quantizers):
             return None
-        return three
+        return None if any(map(is_hooked, (self, self.act, *quantizers))) else quantizers
 
     @staticmethod
-    def _given(three: _Three, x: Tensor) -> tuple[tuple[State, State, State], list[Tensor], bool]:
+    def _given(quantizers: tuple[FakeQuantize, ...], x: Tensor) -> tuple[tuple[Any, ...], list[Tensor], bool]:
         """States, scratch memory, and whether the states learn."""
-        first, second, third = three
-        scratch, learns = [first.scratch, second.scratch, third.scratch], first.learns
+        scratch, learns = [q.scratch for q in quantizers], quantizers[0].learns
         if learns and is_recomputing():
-            return (state_before(scratch[0]), state_before(scratch[1]), state_before(scratch[2])), scratch, False
+            return tuple(map(state_before, scratch)), scratch, False
         if learns and x.numel():
-            for q in three:
+            for q in quantizers:
                 q.observed = True
-        return (first.state, second.state, third.state), scratch, learns
+        return tuple(q.state for q in quantizers), scratch, learns
 
     def forward(self, x: Tensor, *move: Callable[[Tensor], Tensor]) -> Tensor:
         x = self.input_fake_quant(x, *move)  # a fixed quantizer moves what it quantizes
