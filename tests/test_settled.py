@@ -360,3 +360,12 @@ def test_kernels_are_not_given_vectors_with_gaps(name: str, plain_launches: None
     vector = getattr(norm_of(model), name)
     vector.data = exchanged(vector)
     assert model[0].settled() is found and not found.serves(x, with_norm=True)
+
+
+def test_a_batch_of_nothing_settles_nothing(plain_launches: None) -> None:
+    """Else the next would not be noted as observed."""
+    quantizer = FakeQuantize(QuantSpec())
+    quantizer(torch.empty(0, 3))
+    assert quantizer.settled() is None and not quantizer.observed
+    quantizer(torch.randn(2, 3))
+    assert quantizer.observed and quantizer.settled() is not None

@@ -304,10 +304,10 @@ class FakeQuantize(Settles, FollowsEngine, QuantState):
 
     @property
     def is_settled(self) -> bool:
-        """Whether the next batch finds a kernel's state as this one did: on one rank, and not in a backward."""
+        """Whether the next batch finds a kernel's state as this one, not empty, did: on one rank, and not in a backward."""
         if is_recomputing():
             return False
-        return not self.learns or (self.is_learned_by_kernels and self.activation_post_process.ranks is None)
+        return not self.learns or (self.observed and self.is_learned_by_kernels and self.activation_post_process.ranks is None)
 
     def of_gelu(self, x: Tensor) -> Tensor | None:
         """What the forward makes of ``gelu(x)``, in one pass; None where its kernel does not serve: on other devices, or where
