@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import eagerq
 from eagerq.nn.qat.base import QATBase
@@ -83,6 +87,30 @@ def _hook(of: nn.Module) -> None:
     of.register_forward_hook(lambda m, args, out: out * 0.5)
 
 
+def _half(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (args[0] * 0.5,)
+
+
+def _half_gradient(_: nn.Module, grads: tuple[Tensor, ...], __: Any) -> tuple[Tensor, ...]:
+    return (grads[0] * 0.5,)
+
+
+def _other_hooks(of: nn.Module) -> None:
+    """As who clears a module's hooks, and then adds one."""
+    of._forward_hooks = OrderedDict()
+    _hook(of)
+
+
+def _other_state(of: nn.Module) -> None:
+    """Of a pickle, in the module that is."""
+    state = copy.deepcopy(of).__getstate__()
+    with torch.no_grad():
+        for t in (*state["_parameters"].values(), *(b for b in state["_buffers"].values() if b is not None and b.numel() < 60)):
+            if t is not None and t.is_floating_point():
+                t.mul_(2)
+    of.__setstate__(state)
+
+
 def _own_forward(of: Any) -> None:
     original = type(of).forward
     of.forward = lambda x: 3 * original(of, x)
@@ -131,6 +159,11 @@ OF_NORMS: dict[str, Callable[[Any], Any]] = {
     "another gamma": lambda m: setattr(norm_of(m), "weight", nn.Parameter(torch.tensor([0.5, -2.0, 0.0, 3.0]))),
     "no gamma and beta": lambda m: (setattr(norm_of(m), "weight", None), setattr(norm_of(m), "bias", None)),
     "another running mean": lambda m: _replaced_buffer(norm_of(m), "running_mean"),
+    "untracked statistics": lambda m: setattr(norm_of(m), "track_running_stats", False),
+    "a hook before the norm": lambda m: norm_of(m).register_forward_pre_hook(_half),
+    "a hook on the norm's gradient": lambda m: norm_of(m).register_full_backward_hook(_half_gradient),
+    "hooks in another dict": lambda m: _other_hooks(norm_of(m)),
+    "another state": lambda m: _other_state(norm_of(m)),
     "gamma with gaps in memory": lambda m: setattr(norm_of(m).weight, "data", exchanged(norm_of(m).weight)),
     "statistics with gaps in memory": lambda m: setattr(norm_of(m).running_var, "data", exchanged(norm_of(m).running_var)),
 }
@@ -144,6 +177,12 @@ OF_ALL: dict[str, Callable[[Any], Any]] = {
     "the output's quantizer in eval": lambda m: m[0].activation_post_process.eval(),
     "a hook on the output's quantizer": lambda m: _hook(m[0].activation_post_process),
     "a hook on the module": lambda m: _hook(m[0]),
+    "a hook before the output's quantizer": lambda m: m[0].activation_post_process.register_forward_pre_hook(_half),
+    "a hook on the quantizer's gradient": lambda m: m[0].activation_post_process.register_full_backward_hook(_half_gradient),
+    "hooks on the quantizer in another dict": lambda m: _other_hooks(m[0].activation_post_process),
+    "the quantizer's state": lambda m: _other_state(m[0].activation_post_process),
+    "the module's state": lambda m: _other_state(m[0]),
+    "another spec": lambda m: setattr(m[0].activation_post_process, "spec", QuantSpec(averaging_constant=0.5)),
     "another quantizer": _other_quantizer,
     "a quantizer of another class": _other_class,
     "another scale": lambda m: _replaced_buffer(m[0].activation_post_process, "scale"),
@@ -245,6 +284,23 @@ def test_a_method_put_on_the_module_is_seen(plain_launches: None) -> None:
     assert not model[0](batch(1)).any()
 
 
+HOOKS = ("forward_pre_hook", "forward_hook", "full_backward_hook", "full_backward_pre_hook")
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_of_every_kind_are_seen(kind: str, plain_launches: None) -> None:
+    model = net("SiLU")
+    step(model, 0)
+    parts = (norm_of(model), model[0].act, model[0].act.act, model[0].act.gate_fake_quant, model[0].activation_post_process)
+    for part in parts:
+        assert model[0].settled() is not None
+        handle = getattr(part, f"register_{kind}")(lambda *_: None)
+        assert model[0].settled() is None
+        handle.remove()
+    with getattr(nn.modules.module, f"register_module_{kind}")(lambda *_: None):
+        assert model[0].settled() is None
+
+
 def test_hooks_on_all_modules_are_seen(plain_launches: None) -> None:
     model, seen = net("SiLU"), set()
     step(model, 0)
@@ -271,6 +327,11 @@ def test_other_sizes_are_served(plain_launches: None) -> None:
         assert_same(step(model, seed, size), step(forget(other), seed, size))
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         model(torch.randn(1, 3, 3, 3).contiguous(memory_format=torch.channels_last))
+    with pytest.raises(ValueError, match="expected 4D input"):
+        model(torch.randn(3, 6, 6))
+    del norm_of(model)._parameters["bias"]
+    with pytest.raises(AttributeError, match="bias"):
+        model(batch(1))
 
 
 def test_channels_that_lie_apart_take_the_way_of_modules(plain_launches: None) -> None:
@@ -369,3 +430,70 @@ def test_a_batch_of_nothing_settles_nothing(plain_launches: None) -> None:
     assert quantizer.settled() is None and not quantizer.observed
     quantizer(torch.randn(2, 3))
     assert quantizer.observed and quantizer.settled() is not None
+
+
+class _Kind(Tensor):
+    """A user's own."""
+
+
+@pytest.mark.parametrize("name", ["weight", "running_var"])
+def test_a_norms_vectors_are_looked_at_again(name: str, plain_launches: None) -> None:
+    model = net("ReLU")
+    step(model, 0)
+    found, x = model[0].settled(), model[0].op(batch(1), model[0].weight, None)
+    vector = getattr(norm_of(model), name)
+    vector.data = torch.ones(5)
+    assert not found.serves(x, with_norm=True)
+    vector.data = torch.ones(4)
+    assert found.serves(x, with_norm=True)
+    if name == "running_var":
+        vector.__class__ = _Kind
+        assert not found.serves(x, with_norm=True)
+
+
+@pytest.mark.parametrize("act", ["none", "SiLU", "Sigmoid"])
+def test_a_scale_is_looked_at_again(act: str, plain_launches: None) -> None:
+    """Kernels read its bytes as float32."""
+    model = net(act)
+    step(model, 0)
+    cases = (model[0], torch.ones(2, 4, 3, 3), act != "Sigmoid"), (model[0].input_fake_quant, batch(1), False)
+    for module, x, with_norm in cases:
+        found = module.settled()
+        quantizer = module if isinstance(module, FakeQuantize) else module.activation_post_process
+        x = x.contiguous(memory_format=torch.channels_last)
+        assert found is not None and found.serves(x, with_norm)
+        quantizer.scale.data = quantizer.scale.data.bfloat16()
+        assert module.settled() is found and not found.serves(x, with_norm)
+
+
+def test_a_model_is_freed_without_a_collector(plain_launches: None) -> None:
+    model = net("SiLU")
+    step(model, 0)
+    assert remembered(model)
+    gone = [weakref.ref(m) for m in model.modules()]
+    gc.disable()
+    try:
+        del model
+        assert not [ref for ref in gone if ref() is not None]
+    finally:
+        gc.enable()
+
+
+def test_no_graph_is_kept_alive(plain_launches: None) -> None:
+    """A functional call with parameters that were computed."""
+    model = net("ReLU")
+    step(model, 0)
+    names = ("0.bn.weight", "0.bn.bias")
+    made = {name: dict(model.named_parameters())[name] * 2 for name in names}
+    gone = [weakref.ref(t) for t in made.values()]
+    torch.func.functional_call(model, made, (batch(1),)).sum().backward()
+    made.clear()
+    assert not [ref for ref in gone if ref() is not None]
+
+
+def test_a_backward_that_runs_it_again_forgets_nothing(plain_launches: None) -> None:
+    model = net("SiLU")
+    step(model, 0)
+    before = [vars(m)["_settled"] for m in remembered(model)]
+    checkpoint(model, batch(1).requires_grad_(), use_reentrant=False).sum().backward()
+    assert before and [vars(m)["_settled"] for m in remembered(model)] == before

@@ -280,7 +280,7 @@ class FakeQuantize(Settles, FollowsEngine, QuantState):
         return out
 
     def norm_call(self, norm: nn.Module, bounds: Bounds) -> operators.Call:
-        """What ``of_norm`` does while nothing changes that it looks at; for where ``is_settled``."""
+        """What ``of_norm`` does while nothing changes that it looks at; for where it ``may_settle``."""
         scratch: Any = self._buffers["scratch"]
         return operators.norm_call(norm, self.state, scratch, self.learns, bounds, self.constant, self._grid)
 
@@ -296,17 +296,16 @@ class FakeQuantize(Settles, FollowsEngine, QuantState):
 
     def _settle_kernel(self, x: Tensor) -> None:
         """Remember that a kernel served x, if it did and would again."""
-        if type(self) is FakeQuantize and self.is_settled and fast_kernels.is_plain(x) and fast_kernels.are_fast(x):
-            call = self.activation_call((None, None))
-            self.settle(("forward",), (self.activation_post_process,), None, x, call)
+        if is_recomputing():
+            return
+        if type(self) is FakeQuantize and self.may_settle and fast_kernels.is_plain(x) and fast_kernels.are_fast(x):
+            self.settle((), (self.activation_post_process,), None, x, self.activation_call((None, None)))
         else:
             self.unsettle()
 
     @property
-    def is_settled(self) -> bool:
-        """Whether the next batch finds a kernel's state as this one, not empty, did: on one rank, and not in a backward."""
-        if is_recomputing():
-            return False
+    def may_settle(self) -> bool:
+        """Whether the next batch finds a kernel's state as this one, not empty, did: on one rank."""
         return not self.learns or (self.observed and self.is_learned_by_kernels and self.activation_post_process.ranks is None)
 
     def of_gelu(self, x: Tensor) -> Tensor | None:

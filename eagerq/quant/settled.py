@@ -6,6 +6,7 @@ it is asked whether anything has changed that the answer rests on.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from operator import attrgetter, getitem, is_
 from typing import Any
@@ -22,48 +23,51 @@ _ATTRIBUTES = (
     "momentum", "eps", "track_running_stats", "gate", "squash", "min_val", "max_val", "approximate",
 )  # fmt: skip
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 class Unchanged:
-    """Modules whose types, attributes, parameters, buffers and members are the objects they were, and that have no hooks.
+    """A module and its parts, whose types, attributes, parameters, buffers and members are the objects they were.
 
-    Nor have they an attribute more, such as a ``forward`` of one module's own.
+    No part has hooks, and none an attribute more, such as a ``forward`` of one module's own.
 
     Args:
-        owner: whose hooks and parameters may be any.
-        parts: the others.
+        owner: the module, whose hooks and parameters may be any; it is not held, since it holds this.
+        parts: the others. Of observers, which kernels do not call, hooks are not asked.
     """
 
     def __init__(self, owner: nn.Module, parts: Iterable[nn.Module]) -> None:
-        self._modules = [owner, *parts]
-        self._types = [*map(type, self._modules)]
-        self._spaces = [vars(module) for module in self._modules]
+        own = vars(owner)
+        self._size, self._own = len(own), [*(name for name in _ATTRIBUTES if name in own), "_modules", "_buffers"]
+        self._own_values = [own[name] for name in self._own]
+        self._parts = [*parts]
+        self._types = [*map(type, self._parts)]
+        self._spaces = [vars(part) for part in self._parts]
         self._sizes = [*map(len, self._spaces)]
-        of_all = torch.nn.modules.module
-        self._hooks: list[Any] = [
-            of_all._global_forward_hooks, of_all._global_forward_pre_hooks, of_all._global_backward_hooks,
-            of_all._global_backward_pre_hooks,
-        ]  # fmt: skip
-        facts: list[tuple[Any, str]] = []
-        for module, space in zip(self._modules, self._spaces, strict=True):
+        facts = [(own[held], name) for held in ("_modules", "_buffers") for name in own[held]]
+        hooks: list[tuple[Any, str]] = [(vars(torch.nn.modules.module), f"_global{kind}") for kind in _HOOKS]
+        for part, space in zip(self._parts, self._spaces, strict=True):
             facts += [(space, name) for name in _ATTRIBUTES if name in space]
-            facts += [(held, name) for held in (module._modules, module._buffers) for name in held]
-            if module is not owner:
-                facts += [(module._parameters, name) for name in module._parameters]
-                self._hooks += (
-                    module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
-                )  # fmt: skip
+            for held in ("_modules", "_parameters", "_buffers"):
+                if space[held]:
+                    facts += [(space, held), *((space[held], name) for name in space[held])]
+            if not hasattr(part, "batch_range"):
+                hooks += [(space, kind) for kind in _HOOKS]
         self._places, self._names = [place for place, _ in facts], [name for _, name in facts]
         self._values = [*map(getitem, self._places, self._names)]
+        self._hooked, self._hooks = [place for place, _ in hooks], [name for _, name in hooks]
 
-    def holds(self) -> bool:
+    def holds(self, owner: nn.Module) -> bool:
         """Whether all of it is so."""
-        if any(self._hooks) or [*map(len, self._spaces)] != self._sizes:
+        own = vars(owner)
+        if len(own) != self._size or [*map(len, self._spaces)] != self._sizes:
             return False
         try:
             same = all(map(is_, map(getitem, self._places, self._names), self._values))
+            same = same and all(map(is_, map(own.__getitem__, self._own), self._own_values))
         except KeyError:
             return False
-        return same and all(map(is_, map(type, self._modules), self._types))
+        return same and all(map(is_, map(type, self._parts), self._types)) and not any(map(getitem, self._hooked, self._hooks))
 
 
 class Settled:
@@ -82,43 +86,49 @@ class Settled:
         self, owner: nn.Module, computing: tuple[str, ...], parts: Iterable[nn.Module], norm: nn.Module | None, x: Tensor,
         call: Callable[[Tensor], Tensor],
     ) -> None:  # fmt: skip
-        self.owner, self.call, self.with_norm = owner, call, norm is not None
+        parts = [*parts]
+        self._owner, self.call, self.with_norm = weakref.ref(owner), call, norm is not None
         self._cls = type(owner)
-        self._methods = attrgetter(*computing)
-        self._computing = self._methods(self._cls)
+        self._methods = attrgetter(*computing) if computing else None
+        self._computing = self._methods and self._methods(self._cls)
         self._unchanged = Unchanged(owner, parts)
         self._dtype, self._device, self._shape = x.dtype, x.get_device(), x.shape
+        self._scales: list[Any] = [part._buffers["scale"] for part in (owner, *parts) if "scale" in part._buffers]
         held = () if norm is None else (*norm._parameters.values(), *norm._buffers.values())
         self._vectors = [t for t in held if t is not None and t.dim()]
 
     def holds(self, owner: nn.Module) -> bool:
         """Whether ``owner`` would come to these steps again."""
         return (
-            owner is self.owner
-            and self._methods(self._cls) == self._computing
+            self._owner() is owner
+            and (self._methods is None or self._methods(self._cls) == self._computing)
             and torch._C._current_graph_task_id() == -1  # else a backward runs it again, and it must not learn
-            and self._unchanged.holds()
+            and self._unchanged.holds(owner)
         )
 
     def serves(self, x: Tensor, with_norm: bool = False) -> bool:
         """Whether the steps may be given x, at the norm or behind it."""
         if with_norm is not self.with_norm or not fast_kernels.is_plain(x):
             return False
-        if x.dtype != self._dtype or x.get_device() != self._device:
+        device = self._device
+        if x.dtype != self._dtype or x.get_device() != device:
             return False
+        # a tensor whose data was exchanged is the object it was; kernels are given addresses
+        for scale in self._scales:
+            if scale.dtype != torch.float32 or scale.get_device() != device:
+                return False
         return not with_norm or self._is_for_norm(x)
 
     def _is_for_norm(self, x: Tensor) -> bool:
-        shape, device = x.shape, self._device
+        shape = x.shape
         if shape != self._shape:
-            channels = shape[1] if len(shape) == len(self._shape) else 0
-            if channels != self._shape[1] or not channels < x.numel() < 2**30 * channels:  # see ``is_plain_norm``
+            if len(shape) != len(self._shape) or shape[1] != self._shape[1] or not fast_kernels.has_norms_size(x):
                 return False
             self._shape = shape
-        # a parameter whose data was exchanged is the object it was; kernels are given addresses
-        width = shape[1:2]
-        if not all(t.shape == width and t.get_device() == device and t.is_contiguous() for t in self._vectors):
-            return False
+        width, device = shape[1:2], self._device
+        for t in self._vectors:
+            if not (fast_kernels.is_tensor(t) and t.shape == width and t.get_device() == device and t.is_contiguous()):
+                return False
         return has_channels_last(x)
 
 

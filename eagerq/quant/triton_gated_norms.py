@@ -130,6 +130,6 @@ def forward(
         key, Pass(x, _norm_gated_forward, (*flags, *grid, constant is None, not _interprets()), False, *_WRITES)
     )
     writes.launch(
-        stream, (x, out, first, second, kept, used, scratch[1], scratch[2], *state[4:]),
+        stream, writes.programs, (x, out, first, second, kept, used, scratch[1], scratch[2], *state[4:]),
         (writes.rows, writes.chunk, writes.channels, float(constant or 0)),
     )  # fmt: skip

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from eagerq.quant.spec import Grid
-from eagerq.quant.triton_launch import Plan, address, planned, programs, remember, stream_of
+from eagerq.quant.triton_launch import Plan, address, kind_of, planned, programs, remember, stream_of
 
 #: Values of one program's step, a multiple of 8: eight neighbours share a byte of the mask.
 _BLOCK = 2048
@@ -456,26 +456,28 @@ def activation_forward(
         tensors = (
             x, out, out if mask is None else mask, scale, zero_point, min_val, max_val, scale if scratch is None else scratch,
         )  # fmt: skip
+        kind = kind_of(n, _BLOCK)
         key = (
-            "activation", n, x.dtype, x.get_device(), address(x) & 15, address(out) & 15, address(tensors[2]) & 15,
+            "activation", kind, x.dtype, x.get_device(), address(x) & 15, address(out) & 15, address(tensors[2]) & 15,
             mask is None, scratch is None, low, high, constant, grid, gelu,
         )  # fmt: skip
-        plan, scalars = planned(key) or remember(key, _activation_plan(x, n, mask, scratch, low, high, constant, grid, gelu))
-        plan.launch(stream, tensors, scalars)
+        plan, waves, ends = planned(key) or remember(
+            key, _activation_plan(x, kind[0], mask, scratch, low, high, constant, grid, gelu)
+        )
+        plan.launch(stream, programs(x, n, _BLOCK, waves), tensors, (n, *ends))
 
 
 def _activation_plan(
-    x: Tensor, n: int, mask: Tensor | None, scratch: Tensor | None, low: float | None, high: float | None,
+    x: Tensor, even: bool, mask: Tensor | None, scratch: Tensor | None, low: float | None, high: float | None,
     constant: float | None, grid: Grid, gelu: bool,
-) -> tuple[Plan, tuple[float, ...]]:  # fmt: skip
-    even = n % _BLOCK == 0
+) -> tuple[Plan, int, tuple[float, ...]]:  # fmt: skip
     constants = (
         low is not None, high is not None, gelu, scratch is not None, mask is not None, *grid, constant is None, even,
         not _interprets(), _BLOCK, _STAGES,
     )  # fmt: skip
     waves = _WAVES if even and x.element_size() == 2 else _FEWER_WAVES
-    plan = Plan(_activation_forward, programs(x, n, _BLOCK, waves), constants, num_warps=_WARPS)
-    return plan, (n, float(low or 0), float(high or 0), float(constant or 0))
+    ends = float(low or 0), float(high or 0), float(constant or 0)
+    return Plan(_activation_forward, constants, num_warps=_WARPS), waves, ends
 
 
 def masked_gradient(grad: Tensor, mask: Tensor, out: Tensor) -> None:
@@ -485,27 +487,23 @@ def masked_gradient(grad: Tensor, mask: Tensor, out: Tensor) -> None:
         with torch.cuda.device(grad.device):
             masked_gradient(grad, mask, out)
     elif n:
-        key = ("masked", n, grad.dtype, grad.get_device(), address(grad) & 15, address(mask) & 15, address(out) & 15)
-        plan = planned(key) or remember(
-            key,
-            Plan(_masked_gradient, programs(grad, n, _BLOCK, _COPIES), (n % _BLOCK == 0, _BLOCK), num_warps=_WARPS),
-        )
-        plan.launch(stream, (grad, mask, out), (n,))
+        kind = kind_of(n, _BLOCK)
+        key = ("masked", kind, grad.dtype, grad.get_device(), address(grad) & 15, address(mask) & 15, address(out) & 15)
+        plan = planned(key) or remember(key, Plan(_masked_gradient, (kind[0], _BLOCK), num_warps=_WARPS))
+        plan.launch(stream, programs(grad, n, _BLOCK, _COPIES), (grad, mask, out), (n,))
 
 
 def gelu_gradient(grad: Tensor, x: Tensor, mask: Tensor, out: Tensor) -> None:
-    """Launch: ``out``, a new tensor, is ``grad`` through the mask and GELU's slope at ``x``; all lie in memory alike."""
+    """Launch: ``out`` is ``grad`` through the mask and GELU's slope at ``x``; all lie in memory alike."""
     n, stream = grad.numel(), stream_of(grad)
     if stream is None:
         with torch.cuda.device(grad.device):
             gelu_gradient(grad, x, mask, out)
     elif n:
-        kinds = (grad.dtype, x.dtype, out.dtype)
-        key = ("gelu", n, kinds, grad.get_device(), address(grad) & 15, address(x) & 15, address(mask) & 15)
-        plan = planned(key) or remember(
-            key, Plan(_gelu_gradient, programs(grad, n, _BLOCK, _COPIES), (n % _BLOCK == 0, _BLOCK), num_warps=_WARPS)
-        )
-        plan.launch(stream, (grad, x, mask, out), (n,))
+        kind, tensors = kind_of(n, _BLOCK), (grad, x, mask, out)
+        key = ("gelu", kind, grad.dtype, x.dtype, out.dtype, grad.get_device(), *(address(t) & 15 for t in tensors))
+        plan = planned(key) or remember(key, Plan(_gelu_gradient, (kind[0], _BLOCK), num_warps=_WARPS))
+        plan.launch(stream, programs(grad, n, _BLOCK, _COPIES), tensors, (n,))
 
 
 def weight_forward(
@@ -522,11 +520,11 @@ def weight_forward(
     )  # fmt: skip
     plan, length = planned(key) or remember(key, _weight_plan(weight.numel(), scale.numel(), grid))
     if length:
-        plan.launch(stream, (weight, out, scale, zero_point, min_val, max_val), (length,))
+        plan.launch(stream, scale.numel(), (weight, out, scale, zero_point, min_val, max_val), (length,))
 
 
 def _weight_plan(n: int, channels: int, grid: Grid) -> tuple[Plan, int]:
     length = n // max(channels, 1)
     block = min(4096, triton.next_power_of_2(max(length, 1)))
     warps = 8 if block > 1024 else 4 if block > 256 else 1
-    return Plan(_weight_forward, channels, (*grid, not _interprets(), block), num_warps=warps), length
+    return Plan(_weight_forward, (*grid, not _interprets(), block), num_warps=warps), length

@@ -19,23 +19,22 @@ address: Any = Tensor.data_ptr
 
 
 class Plan:
-    """A kernel, how many of its programs run, its compile-time constants in the order of its parameters, and once it was
-    launched what it was compiled to."""
+    """A kernel, its compile-time constants in the order of its parameters, and once it was launched what it was compiled to."""
 
-    def __init__(self, kernel: Any, programs: int, constants: tuple[Any, ...], **options: Any) -> None:
-        self.kernel, self.programs, self.constants = kernel, programs, constants
+    def __init__(self, kernel: Any, constants: tuple[Any, ...], **options: Any) -> None:
+        self.kernel, self.constants = kernel, constants
         self.options = {"enable_fp_fusion": False, **options}
         self.compiled: Any = None
 
-    def launch(self, stream: int, tensors: tuple[Tensor, ...], scalars: tuple[float, ...]) -> None:
-        """With arguments in the order of its parameters: tensors, numbers, constants."""
+    def launch(self, stream: int, programs: int, tensors: tuple[Tensor, ...], scalars: tuple[float, ...]) -> None:
+        """So many programs, with arguments in the order of the kernel's parameters: tensors, numbers, constants."""
         if self.compiled is None:
-            made = self.kernel[(self.programs,)](*tensors, *scalars, *self.constants, **self.options)
+            made = self.kernel[(programs,)](*tensors, *scalars, *self.constants, **self.options)
             self.compiled = made and (made.run, made.function, made.packed_metadata)  # an interpreter gives None
         else:
             run, function, metadata = self.compiled
             given = (*map(address, tensors), *scalars, *self.constants)
-            run(self.programs, 1, 1, stream, function, metadata, None, None, None, *given)
+            run(programs, 1, 1, stream, function, metadata, None, None, None, *given)
 
 
 _PLANS: dict[Any, Any] = {}
@@ -69,6 +68,11 @@ def _multiprocessors(device: int) -> int:
 def processors(x: Tensor) -> int:
     """Multiprocessors of the device that x lies on."""
     return _multiprocessors(x.get_device()) if x.is_cuda else 1
+
+
+def kind_of(n: int, block: int) -> tuple[bool, ...]:
+    """What a kernel is compiled for of the number of its values: whether blocks are whole, and what Triton specializes on."""
+    return n % block == 0, n % 16 == 0, n == 1, n >= 2**31
 
 
 def programs(x: Tensor, n: int, block: int, waves: int) -> int:

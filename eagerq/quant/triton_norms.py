@@ -449,7 +449,8 @@ class Pass(Plan):
         if adds:
             constants = (*constants, min(max(_ADDED // wide, 1), triton.next_power_of_2(self.parts)))
         options = {"maxnreg": registers} if registers else {}
-        super().__init__(kernel, self.parts * blocks, (*constants, stages, height, wide), num_warps=_WARPS, **options)
+        self.programs = self.parts * blocks
+        super().__init__(kernel, (*constants, stages, height, wide), num_warps=_WARPS, **options)
 
 
 def forward(
@@ -487,11 +488,11 @@ def forward(
     constant = float(constant or 0)  # of an integer Triton may make a constant
     part = torch.empty(4, sums.parts, channels, dtype=torch.float32, device=x.device)
     sums.launch(
-        stream, (x, part, kept, first, second, *small),
+        stream, sums.programs, (x, part, kept, first, second, *small),
         (sums.rows, sums.chunk, sums.parts, channels, momentum, eps, *ends, constant),
     )  # fmt: skip
     if out is not None:
-        writes.launch(stream, (x, out, first, second, kept), (writes.rows, writes.chunk, channels, *ends))
+        writes.launch(stream, writes.programs, (x, out, first, second, kept), (writes.rows, writes.chunk, channels, *ends))
 
 
 def _ends(x: Tensor, low: float | None, high: float | None) -> tuple[float, float]:
@@ -528,7 +529,9 @@ def backward(
     if used is not None:  # the sums write what passes the gate
         passed, more = torch.empty_like(grad) if out is None else out, used
     sums.launch(
-        stream, (x, grad, passed, part, found, first, second, kept, more), (sums.rows, sums.chunk, sums.parts, channels)
+        stream, sums.programs, (x, grad, passed, part, found, first, second, kept, more),
+        (sums.rows, sums.chunk, sums.parts, channels),
     )
     if out is not None:
-        writes.launch(stream, (x, passed, out, found, first, second, kept), (writes.rows, writes.chunk, channels))
+        tensors = (x, passed, out, found, first, second, kept)
+        writes.launch(stream, writes.programs, tensors, (writes.rows, writes.chunk, channels))

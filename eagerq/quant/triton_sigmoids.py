@@ -13,7 +13,7 @@ from torch import Tensor
 from eagerq.quant.spec import Grid
 from eagerq.quant.triton_gates import _by, _gate, _gates_slope, _in_use, _learn_both, _note, _quantized
 from eagerq.quant.triton_kernels import _give, _interprets, _load, _seen, _state, _store
-from eagerq.quant.triton_launch import Plan, address, planned, programs, remember, stream_of
+from eagerq.quant.triton_launch import Plan, address, kind_of, planned, programs, remember, stream_of
 
 #: Values of one program's step, its warps, and programs for each multiprocessor.
 _BLOCK = 1024
@@ -112,17 +112,12 @@ def forward(
         with torch.cuda.device(x.device):
             forward(x, out, used, scratch, state, hard, constant, grid)
     elif n:
-        key = (
-            "sigmoid", n, x.dtype, x.get_device(), address(x) & 15, address(out) & 15, bool(scratch), hard, constant, grid,
-        )  # fmt: skip
-        plan = planned(key) or remember(
-            key,
-            Plan(
-                _sigmoid_forward, programs(x, n, _BLOCK, _WAVES),
-                (hard, bool(scratch), *grid, constant is None, n % _BLOCK == 0, not _interprets(), _BLOCK), num_warps=_WARPS,
-            ),
-        )  # fmt: skip
-        plan.launch(stream, (x, out, used, *(scratch or [used] * 2), *state), (n, float(constant or 0)))
+        kind = kind_of(n, _BLOCK)
+        key = ("sigmoid", kind, x.dtype, x.get_device(), address(x) & 15, address(out) & 15, bool(scratch), hard, constant, grid)
+        constants = (hard, bool(scratch), *grid, constant is None, kind[0], not _interprets(), _BLOCK)
+        plan = planned(key) or remember(key, Plan(_sigmoid_forward, constants, num_warps=_WARPS))
+        tensors = (x, out, used, *(scratch or [used] * 2), *state)
+        plan.launch(stream, programs(x, n, _BLOCK, _WAVES), tensors, (n, float(constant or 0)))
 
 
 def backward(grad: Tensor, x: Tensor, out: Tensor, used: Tensor, hard: bool, quant_min: int, quant_max: int) -> None:
@@ -132,15 +127,11 @@ def backward(grad: Tensor, x: Tensor, out: Tensor, used: Tensor, hard: bool, qua
         with torch.cuda.device(x.device):
             backward(grad, x, out, used, hard, quant_min, quant_max)
     elif n:
+        kind, tensors = kind_of(n, _BLOCK), (grad, x, out, used)
         key = (
-            "sigmoid gradient", n, grad.dtype, x.dtype, x.get_device(), address(grad) & 15, address(x) & 15, address(out) & 15,
+            "sigmoid gradient", kind, grad.dtype, x.dtype, x.get_device(), *(address(t) & 15 for t in tensors[:3]),
             hard, quant_min, quant_max,
         )  # fmt: skip
-        plan = planned(key) or remember(
-            key,
-            Plan(
-                _sigmoid_backward, programs(x, n, _BLOCK, _WAVES),
-                (hard, quant_min, quant_max, n % _BLOCK == 0, not _interprets(), _BLOCK), num_warps=_WARPS,
-            ),
-        )  # fmt: skip
-        plan.launch(stream, (grad, x, out, used), (n,))
+        constants = (hard, quant_min, quant_max, kind[0], not _interprets(), _BLOCK)
+        plan = planned(key) or remember(key, Plan(_sigmoid_backward, constants, num_warps=_WARPS))
+        plan.launch(stream, programs(x, n, _BLOCK, _WAVES), tensors, (n,))

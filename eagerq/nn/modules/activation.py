@@ -59,12 +59,14 @@ _GELUS = frozenset({("torch.nn.modules.activation", "GELU"), ("timm.layers.activ
 def is_gelu(act: nn.Module) -> bool:
     """Whether an activation is the exact GELU and does nothing else."""
     kind = type(act)
-    return (kind.__module__, kind.__qualname__) in _GELUS and getattr(act, "approximate", "none") == "none" and not is_hooked(act)
+    if (kind.__module__, kind.__qualname__) not in _GELUS or getattr(act, "approximate", "none") != "none":
+        return False
+    return not is_hooked(act) and "forward" not in vars(act)
 
 
 def bounds_of(act: nn.Module) -> tuple[float | None, float | None] | None:
     """Least and greatest value of an activation that clamps and does nothing else (None is no bound); None for any other."""
-    if type(act) not in IDEMPOTENT or is_hooked(act):
+    if type(act) not in IDEMPOTENT or is_hooked(act) or "forward" in vars(act):
         return None
     return (0.0, None) if type(act) is nn.ReLU else (float(act.min_val), float(act.max_val))  # type: ignore[arg-type]
 

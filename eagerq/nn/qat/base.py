@@ -19,7 +19,7 @@ from eagerq.nn.modules.ops import Op
 from eagerq.quant import fast_kernels
 from eagerq.quant.code_values import Coded
 from eagerq.quant.engine import FollowsEngine
-from eagerq.quant.fake_quantize import FakeQuantize
+from eagerq.quant.fake_quantize import FakeQuantize, is_recomputing
 from eagerq.quant.functional import MIN_SCALE, Bounds, dequantize, power_of_two, quantization_params, quantize, straight_through
 from eagerq.quant.operators import Call
 from eagerq.quant.settled import Settles
@@ -196,12 +196,13 @@ class QATBase(Settles, FollowsEngine, nn.Module):
 
     def settle_end(self, x: Tensor, quantizer: FakeQuantize, norm: nn.Module | None, act: nn.Module | None = None) -> None:
         """Remember the last steps of this module, which a kernel did for x, unless something in them is asked in each batch."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_recomputing():
             return
         call = None
-        if self._computing is not None and quantizer.is_settled and fast_kernels.is_plain(x):
+        if self._computing is not None and quantizer.may_settle and fast_kernels.is_plain(x):
             call = self.end_call(quantizer, norm, act)
-        if call is None:
+        # what is computed of others would keep their graph alive
+        if call is None or (norm is not None and any(t is not None and t.grad_fn is not None for t in norm._parameters.values())):
             self.unsettle()
             return
         inside = [m for part in (norm, act, quantizer) if part is not None for m in part.modules()]

@@ -122,7 +122,7 @@ class SplitActivation(nn.Module):
         """What ``of_norm`` does, or without a norm ``in_one_pass``, while nothing changes that they look at; None where
         something does with each batch."""
         quantizers = self._around(quantizer)
-        if not all(isinstance(q, FakeQuantize) and q.is_settled for q in quantizers):
+        if not all(isinstance(q, FakeQuantize) and q.may_settle for q in quantizers):
             return None
         states: tuple[Any, ...] = tuple(q.state for q in quantizers)
         first, scratch = quantizers[0], [q.scratch for q in quantizers]
