@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -220,8 +221,12 @@ def test_every_change_is_seen(what: str, act: str, norm: bool, plain_launches: N
 
 
 @pytest.mark.parametrize(
-    ("act", "name", "value"), [("Hardtanh", "min_val", 0.125), ("Hardtanh", "max_val", 0.125), ("GELU", "approximate", "tanh")]
-)
+    ("act", "name", "value"),
+    [
+        ("Hardtanh", "min_val", 0.125), ("Hardtanh", "max_val", 0.125), ("GELU", "approximate", "tanh"),
+        ("SiLU", "gate", F.hardsigmoid), ("Sigmoid", "squash", F.hardsigmoid),
+    ],
+)  # fmt: skip
 def test_another_activation_is_seen(act: str, name: str, value: Any, plain_launches: None) -> None:
     for norm in (True, False):
         model, other = net(act, norm), net(act, norm)
