@@ -182,6 +182,7 @@ OF_ALL: dict[str, Callable[[Any], Any]] = {
     "a hook on the quantizer's gradient": lambda m: m[0].activation_post_process.register_full_backward_hook(_half_gradient),
     "hooks on the quantizer in another dict": lambda m: _other_hooks(m[0].activation_post_process),
     "the quantizer's state": lambda m: _other_state(m[0].activation_post_process),
+    "the state of the input's quantizer": lambda m: _other_state(m[0].input_fake_quant),
     "the module's state": lambda m: _other_state(m[0]),
     "another spec": lambda m: setattr(m[0].activation_post_process, "spec", QuantSpec(averaging_constant=0.5)),
     "another quantizer": _other_quantizer,
@@ -397,8 +398,11 @@ def test_a_shallow_copy_uses_nothing_of_its_original(plain_launches: None) -> No
     model = net("SiLU")
     step(model, 0)
     replica: Any = model[0]._replicate_for_data_parallel()
-    assert vars(replica)["_settled"] is vars(model[0])["_settled"]
-    assert model[0].settled() is not None and replica.settled() is None
+    bare: Any = type(model[0]).__new__(type(model[0]))
+    vars(bare).update(vars(model[0]))
+    for other in (replica, bare):
+        assert vars(other)["_settled"] is vars(model[0])["_settled"]
+        assert model[0].settled() is not None and other.settled() is None
 
 
 def test_a_tensor_of_another_dtype_or_kind_is_not_served(plain_launches: None) -> None:
@@ -496,9 +500,15 @@ def test_no_graph_is_kept_alive(plain_launches: None) -> None:
     assert not [ref for ref in gone if ref() is not None]
 
 
-def test_a_backward_that_runs_it_again_forgets_nothing(plain_launches: None) -> None:
-    model = net("SiLU")
-    step(model, 0)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_backward_that_runs_it_again_learns_and_forgets_nothing(reentrant: bool, plain_launches: None) -> None:
+    model, other = net("SiLU"), net("SiLU")
+    for each in (model, other):
+        step(each, 0)
+        each.apply(eagerq.freeze_bn_stats)  # PyTorch's own learn twice
+        step(each, 1)
     before = [vars(m)["_settled"] for m in remembered(model)]
-    checkpoint(model, batch(1).requires_grad_(), use_reentrant=False).sum().backward()
+    checkpoint(model, batch(1).requires_grad_(), use_reentrant=reentrant).sum().backward()
+    other(batch(1).requires_grad_()).sum().backward()
     assert before and [vars(m)["_settled"] for m in remembered(model)] == before
+    assert_same(model.state_dict(), other.state_dict())

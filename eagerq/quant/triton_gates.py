@@ -6,7 +6,6 @@ until there is one, all is computed.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,7 +26,7 @@ from eagerq.quant.triton_kernels import (
     _state,
     _store,
 )
-from eagerq.quant.triton_launch import Plan, address, kind_of, planned, programs, remember, stream_of
+from eagerq.quant.triton_launch import launch_over
 
 #: The tables of a gate in what its forward keeps: entries of each, and where they begin.
 CODES = tl.constexpr(plain.CODES)
@@ -376,31 +375,15 @@ def forward(
     grid: Grid,
 ) -> None:  # fmt: skip
     """Launch: ``out`` of ``x``, and ``used``, what its backward needs; with ``scratch`` the state learns."""
-    n, stream = x.numel(), stream_of(x)
-    if stream is None:
-        with torch.cuda.device(x.device):
-            forward(x, out, used, scratch, state, hard, constant, grid)
-    elif n:
-        kind = kind_of(n, _BLOCK)
-        key = ("gate", kind, x.dtype, x.get_device(), address(x) & 15, address(out) & 15, bool(scratch), hard, constant, grid)
-        constants = (hard, bool(scratch), *grid, constant is None, kind[0], not _interprets(), _BLOCK)
-        plan = planned(key) or remember(key, Plan(_gated_forward, constants, num_warps=_WARPS))
-        tensors = (x, out, used, *(scratch or [used] * 3), *state)
-        plan.launch(stream, programs(x, n, _BLOCK, _WAVES), tensors, (n, float(constant or 0)))
+    launch_over(
+        _gated_forward, x, (x, out), (used, *(scratch or [used] * 3), *state), (float(constant or 0),),
+        (hard, bool(scratch), *grid, constant is None), (not _interprets(), _BLOCK), _BLOCK, _WAVES, _WARPS,
+    )  # fmt: skip
 
 
 def backward(grad: Tensor, x: Tensor, out: Tensor, used: Tensor, hard: bool, quant_min: int, quant_max: int) -> None:
     """Launch: the gradient of ``forward``; all lie in memory alike."""
-    n, stream = x.numel(), stream_of(x)
-    if stream is None:
-        with torch.cuda.device(x.device):
-            backward(grad, x, out, used, hard, quant_min, quant_max)
-    elif n:
-        kind, tensors = kind_of(n, _BLOCK), (grad, x, out, used)
-        key = (
-            "gated gradient", kind, grad.dtype, x.dtype, x.get_device(), *(address(t) & 15 for t in tensors[:3]),
-            hard, quant_min, quant_max,
-        )  # fmt: skip
-        constants = (hard, quant_min, quant_max, kind[0], not _interprets(), _BLOCK)
-        plan = planned(key) or remember(key, Plan(_gated_backward, constants, num_warps=_WARPS))
-        plan.launch(stream, programs(x, n, _BLOCK, _BACKWARD_WAVES), tensors, (n,))
+    launch_over(
+        _gated_backward, x, (grad, x, out), (used,), (), (hard, quant_min, quant_max), (not _interprets(), _BLOCK), _BLOCK,
+        _BACKWARD_WAVES, _WARPS,
+    )  # fmt: skip

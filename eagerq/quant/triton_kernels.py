@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from eagerq.quant.spec import Grid
-from eagerq.quant.triton_launch import Plan, address, kind_of, planned, programs, remember, stream_of
+from eagerq.quant.triton_launch import Plan, address, launch_over, planned, remember, stream_of
 
 #: Values of one program's step, a multiple of 8: eight neighbours share a byte of the mask.
 _BLOCK = 2048
@@ -448,62 +448,24 @@ def activation_forward(
 ) -> None:  # fmt: skip
     """Launch: ``out`` and ``mask`` of ``x``, which lie in memory as ``x`` does; with ``scratch`` the state learns. Behind a GELU
     there are no bounds."""
-    n, stream = x.numel(), stream_of(x)
-    if stream is None:
-        with torch.cuda.device(x.device):
-            activation_forward(x, out, mask, scale, zero_point, min_val, max_val, scratch, low, high, constant, grid, gelu)
-    elif n:
-        tensors = (
-            x, out, out if mask is None else mask, scale, zero_point, min_val, max_val, scale if scratch is None else scratch,
-        )  # fmt: skip
-        kind = kind_of(n, _BLOCK)
-        key = (
-            "activation", kind, x.dtype, x.get_device(), address(x) & 15, address(out) & 15, address(tensors[2]) & 15,
-            mask is None, scratch is None, low, high, constant, grid, gelu,
-        )  # fmt: skip
-        plan, waves, ends = planned(key) or remember(
-            key, _activation_plan(x, kind[0], mask, scratch, low, high, constant, grid, gelu)
-        )
-        plan.launch(stream, programs(x, n, _BLOCK, waves), tensors, (n, *ends))
-
-
-def _activation_plan(
-    x: Tensor, even: bool, mask: Tensor | None, scratch: Tensor | None, low: float | None, high: float | None,
-    constant: float | None, grid: Grid, gelu: bool,
-) -> tuple[Plan, int, tuple[float, ...]]:  # fmt: skip
-    constants = (
-        low is not None, high is not None, gelu, scratch is not None, mask is not None, *grid, constant is None, even,
-        not _interprets(), _BLOCK, _STAGES,
+    launch_over(
+        _activation_forward, x, (x, out, out if mask is None else mask),
+        (scale, zero_point, min_val, max_val, scale if scratch is None else scratch),
+        (float(low or 0), float(high or 0), float(constant or 0)),
+        (low is not None, high is not None, gelu, scratch is not None, mask is not None, *grid, constant is None),
+        (not _interprets(), _BLOCK, _STAGES), _BLOCK,
+        _WAVES if x.element_size() == 2 and x.numel() % _BLOCK == 0 else _FEWER_WAVES, _WARPS,
     )  # fmt: skip
-    waves = _WAVES if even and x.element_size() == 2 else _FEWER_WAVES
-    ends = float(low or 0), float(high or 0), float(constant or 0)
-    return Plan(_activation_forward, constants, num_warps=_WARPS), waves, ends
 
 
 def masked_gradient(grad: Tensor, mask: Tensor, out: Tensor) -> None:
     """Launch: ``out`` is ``grad`` where the mask's bit is set, else zero; both lie in memory alike."""
-    n, stream = grad.numel(), stream_of(grad)
-    if stream is None:
-        with torch.cuda.device(grad.device):
-            masked_gradient(grad, mask, out)
-    elif n:
-        kind = kind_of(n, _BLOCK)
-        key = ("masked", kind, grad.dtype, grad.get_device(), address(grad) & 15, address(mask) & 15, address(out) & 15)
-        plan = planned(key) or remember(key, Plan(_masked_gradient, (kind[0], _BLOCK), num_warps=_WARPS))
-        plan.launch(stream, programs(grad, n, _BLOCK, _COPIES), (grad, mask, out), (n,))
+    launch_over(_masked_gradient, grad, (grad, mask, out), (), (), (), (_BLOCK,), _BLOCK, _COPIES, _WARPS)
 
 
 def gelu_gradient(grad: Tensor, x: Tensor, mask: Tensor, out: Tensor) -> None:
     """Launch: ``out`` is ``grad`` through the mask and GELU's slope at ``x``; all lie in memory alike."""
-    n, stream = grad.numel(), stream_of(grad)
-    if stream is None:
-        with torch.cuda.device(grad.device):
-            gelu_gradient(grad, x, mask, out)
-    elif n:
-        kind, tensors = kind_of(n, _BLOCK), (grad, x, mask, out)
-        key = ("gelu", kind, grad.dtype, x.dtype, out.dtype, grad.get_device(), *(address(t) & 15 for t in tensors))
-        plan = planned(key) or remember(key, Plan(_gelu_gradient, (kind[0], _BLOCK), num_warps=_WARPS))
-        plan.launch(stream, programs(grad, n, _BLOCK, _COPIES), tensors, (n,))
+    launch_over(_gelu_gradient, grad, (grad, x, mask, out), (), (), (), (_BLOCK,), _BLOCK, _COPIES, _WARPS)
 
 
 def weight_forward(

@@ -70,11 +70,34 @@ def processors(x: Tensor) -> int:
     return _multiprocessors(x.get_device()) if x.is_cuda else 1
 
 
-def kind_of(n: int, block: int) -> tuple[bool, ...]:
-    """What a kernel is compiled for of the number of its values: whether blocks are whole, and what Triton specializes on."""
-    return n % block == 0, n % 16 == 0, n == 1, n >= 2**31
+def launch_over(
+    kernel: Any, x: Tensor, large: tuple[Tensor, ...], small: tuple[Tensor, ...], scalars: tuple[float, ...],
+    before: tuple[Any, ...], after: tuple[Any, ...], block: int, waves: int, warps: int,
+) -> None:  # fmt: skip
+    """Launch a kernel over the values of ``x``, if there are any.
 
-
-def programs(x: Tensor, n: int, block: int, waves: int) -> int:
-    """As many as there are blocks of n values, at most so many for each multiprocessor."""
-    return min(-(-n // block), processors(x) * waves)
+    Args:
+        kernel: its parameters are the tensors, the number of values, the scalars, and constants: ``before``, whether blocks are
+            whole, and ``after``.
+        x: where it lies and how many values it has decide.
+        large: tensors whose dtypes and alignment the kernel is compiled for.
+        small: tensors of one dtype each, on whose alignment nothing is specialized.
+        scalars: floats, on which nothing is specialized.
+        before, after: the constants.
+        block: values of one program's step.
+        waves: at most so many programs for each multiprocessor.
+        warps: of a program.
+    """
+    n, stream = x.numel(), stream_of(x)
+    if stream is None:
+        with torch.cuda.device(x.device):
+            launch_over(kernel, x, large, small, scalars, before, after, block, waves, warps)
+    elif n:
+        even = n % block == 0
+        # of the kernel its number: Triton hashes its text; of n what Triton specializes on
+        key = (
+            id(kernel), even, n % 16 == 0, n == 1, n >= 2**31, x.get_device(), before, after, warps,
+            *[t.dtype for t in large], *[address(t) & 15 for t in large],
+        )  # fmt: skip
+        plan = planned(key) or remember(key, Plan(kernel, (*before, even, *after), num_warps=warps))
+        plan.launch(stream, min(-(-n // block), processors(x) * waves), (*large, *small), (n, *scalars))

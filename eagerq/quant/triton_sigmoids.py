@@ -5,7 +5,6 @@ Where such a sigmoid stands tensors are small, so all is computed and nothing lo
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from eagerq.quant.spec import Grid
 from eagerq.quant.triton_gates import _by, _gate, _gates_slope, _in_use, _learn_both, _note, _quantized
 from eagerq.quant.triton_kernels import _give, _interprets, _load, _seen, _state, _store
-from eagerq.quant.triton_launch import Plan, address, kind_of, planned, programs, remember, stream_of
+from eagerq.quant.triton_launch import launch_over
 
 #: Values of one program's step, its warps, and programs for each multiprocessor.
 _BLOCK = 1024
@@ -107,31 +106,15 @@ def forward(
     grid: Grid,
 ) -> None:  # fmt: skip
     """Launch: ``out`` of ``x``, and ``used``, what its backward needs; with ``scratch`` the state learns."""
-    n, stream = x.numel(), stream_of(x)
-    if stream is None:
-        with torch.cuda.device(x.device):
-            forward(x, out, used, scratch, state, hard, constant, grid)
-    elif n:
-        kind = kind_of(n, _BLOCK)
-        key = ("sigmoid", kind, x.dtype, x.get_device(), address(x) & 15, address(out) & 15, bool(scratch), hard, constant, grid)
-        constants = (hard, bool(scratch), *grid, constant is None, kind[0], not _interprets(), _BLOCK)
-        plan = planned(key) or remember(key, Plan(_sigmoid_forward, constants, num_warps=_WARPS))
-        tensors = (x, out, used, *(scratch or [used] * 2), *state)
-        plan.launch(stream, programs(x, n, _BLOCK, _WAVES), tensors, (n, float(constant or 0)))
+    launch_over(
+        _sigmoid_forward, x, (x, out), (used, *(scratch or [used] * 2), *state), (float(constant or 0),),
+        (hard, bool(scratch), *grid, constant is None), (not _interprets(), _BLOCK), _BLOCK, _WAVES, _WARPS,
+    )  # fmt: skip
 
 
 def backward(grad: Tensor, x: Tensor, out: Tensor, used: Tensor, hard: bool, quant_min: int, quant_max: int) -> None:
     """Launch: the gradient of ``forward``; all lie in memory alike."""
-    n, stream = x.numel(), stream_of(x)
-    if stream is None:
-        with torch.cuda.device(x.device):
-            backward(grad, x, out, used, hard, quant_min, quant_max)
-    elif n:
-        kind, tensors = kind_of(n, _BLOCK), (grad, x, out, used)
-        key = (
-            "sigmoid gradient", kind, grad.dtype, x.dtype, x.get_device(), *(address(t) & 15 for t in tensors[:3]),
-            hard, quant_min, quant_max,
-        )  # fmt: skip
-        constants = (hard, quant_min, quant_max, kind[0], not _interprets(), _BLOCK)
-        plan = planned(key) or remember(key, Plan(_sigmoid_backward, constants, num_warps=_WARPS))
-        plan.launch(stream, programs(x, n, _BLOCK, _WAVES), tensors, (n,))
+    launch_over(
+        _sigmoid_backward, x, (grad, x, out), (used,), (), (hard, quant_min, quant_max), (not _interprets(), _BLOCK), _BLOCK,
+        _WAVES, _WARPS,
+    )  # fmt: skip
