@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from eagerq.quant import fast_kernels
+from eagerq.quant.observer import Observer
 from eagerq.quant.plain_kernels import has_channels_last
 
 #: What decides, of the attributes of modules, quantizers, observers, norms and activations.
@@ -22,7 +23,7 @@ _ATTRIBUTES = (
     "training", "fake_quant_enabled", "observer_enabled", "observed", "spec", "ranks",
     "momentum", "eps", "track_running_stats", "gate", "squash", "min_val", "max_val", "approximate",
 )  # fmt: skip
-
+#: What a module's kinds of hooks, and behind ``_global`` those on all modules, are held in.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -51,7 +52,7 @@ class Unchanged:
             for held in ("_modules", "_parameters", "_buffers"):
                 if space[held]:
                     facts += [(space, held), *((space[held], name) for name in space[held])]
-            if not hasattr(part, "batch_range"):
+            if not isinstance(part, Observer):
                 hooks += [(space, kind) for kind in _HOOKS]
         self._places, self._names = [place for place, _ in facts], [name for _, name in facts]
         self._values = [*map(getitem, self._places, self._names)]
@@ -122,7 +123,7 @@ class Settled:
     def _is_for_norm(self, x: Tensor) -> bool:
         shape = x.shape
         if shape != self._shape:
-            if len(shape) != len(self._shape) or shape[1] != self._shape[1] or not fast_kernels.has_norms_size(x):
+            if len(shape) != len(self._shape) or not fast_kernels.has_norms_size(x):
                 return False
             self._shape = shape
         width, device = shape[1:2], self._device
