@@ -465,7 +465,7 @@ def test_a_scale_is_looked_at_again(act: str, plain_launches: None) -> None:
     """Kernels read its bytes as float32."""
     model = net(act)
     step(model, 0)
-    cases = (model[0], torch.ones(2, 4, 3, 3), act != "Sigmoid"), (model[0].input_fake_quant, batch(1), False)
+    cases = (model[0], torch.ones(3, 4, 4, 4), act != "Sigmoid"), (model[0].input_fake_quant, batch(1), False)
     for module, x, with_norm in cases:
         found = module.settled()
         quantizer = module if isinstance(module, FakeQuantize) else module.activation_post_process

@@ -48,13 +48,6 @@ def is_tensor(x: Any) -> bool:
     return type(x) in _PLAIN
 
 
-def has_norms_size(x: Tensor) -> bool:
-    """Whether kernels and PyTorch's norms alike take so many values of ``(N, C, *)``; of one value a channel norms say what is
-    wrong."""
-    channels: int = x.shape[1]
-    return channels < x.numel() < 2**30 * channels
-
-
 def activation(
     x: Tensor, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor, scratch: Tensor | None,
     low: float | None, high: float | None, constant: float | None, *rest: Any,

@@ -72,7 +72,7 @@ class Unchanged:
 
 
 class Settled:
-    """Steps that one module comes to in training, of tensors of one dtype on one device.
+    """Steps that one module comes to in training, of tensors of one dtype on one device, and at a norm of one shape.
 
     Args:
         owner: the module; a copy of it has none of this, nor has a replica that shares its attributes.
@@ -122,10 +122,8 @@ class Settled:
 
     def _is_for_norm(self, x: Tensor) -> bool:
         shape = x.shape
-        if shape != self._shape:
-            if len(shape) != len(self._shape) or not fast_kernels.has_norms_size(x):
-                return False
-            self._shape = shape
+        if shape != self._shape:  # of other sizes it is asked anew: norms take not all
+            return False
         width, device = shape[1:2], self._device
         for t in self._vectors:
             if not (fast_kernels.is_tensor(t) and t.shape == width and t.get_device() == device and t.is_contiguous()):
