@@ -381,7 +381,7 @@ def _traced_gradient(grad: Tensor, mask: Tensor, format: torch.memory_format) ->
 
 class _Activation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> Any:
         out, mask = _below(x, _activation_below, fast.activation, *rest)
         ctx.save_for_backward(mask)
         ctx.mark_non_differentiable(mask)
@@ -404,7 +404,7 @@ class _ActivationNow(_Activation):
     """Of a plain tensor, the result alone: what else an operator gives autograd would wrap too."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> Any:
         out, mask = fast.activation(x, *rest)
         ctx.save_for_backward(mask)
         ctx.set_materialize_grads(False)
@@ -429,7 +429,7 @@ class _Gradient(torch.autograd.Function):
 
 class _Gelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> Any:
         out, mask = _below(x, _gelu_below, fast.gelu, *rest)
         ctx.save_for_backward(x, mask)
         ctx.mark_non_differentiable(mask)
@@ -455,7 +455,7 @@ class _GeluNow(_Gelu):
     """As ``_ActivationNow``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> Any:
         out, mask = fast.gelu(x, *rest)
         ctx.save_for_backward(x, mask)
         ctx.set_materialize_grads(False)
@@ -465,7 +465,7 @@ class _GeluNow(_Gelu):
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> Any:
         out, used = _below(x, _gated_below, fast.gated, *rest)
         ctx.mark_non_differentiable(used)
         _Gated.keep(ctx, x, used, rest)
@@ -490,7 +490,7 @@ class _GatedNow(_Gated):
     """As ``_ActivationNow``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> Any:
         out, used = fast.gated(x, *rest)
         _Gated.keep(ctx, x, used, rest)
         return out
@@ -498,7 +498,7 @@ class _GatedNow(_Gated):
 
 class _Sigmoid(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> Any:
         out, used = _below(x, _sigmoid_below, fast.sigmoid, *rest)
         ctx.mark_non_differentiable(used)
         _Gated.keep(ctx, x, used, rest)
@@ -524,7 +524,7 @@ class _SigmoidNow(_Sigmoid):
     """As ``_ActivationNow``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> Any:
         out, used = fast.sigmoid(x, *rest)
         _Gated.keep(ctx, x, used, rest)
         return out
@@ -532,7 +532,7 @@ class _SigmoidNow(_Sigmoid):
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: tuple[Any, ...]) -> Any:
         low, high, _, quant_min, quant_max, *_ = rest[12:]
         ctx.arguments, ctx.eps = (low, high, quant_min, quant_max), rest[4]
         if fast.is_plain(x):
@@ -564,7 +564,7 @@ class _NormNow(_Norm):
     """As ``_ActivationNow``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: tuple[Any, ...]) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: tuple[Any, ...]) -> Any:
         out, kept = fast.norm_activation(x, weight, bias, *rest)
         low, high, _, quant_min, quant_max, *_ = rest[12:]
         ctx.arguments, ctx.eps = (low, high, quant_min, quant_max), rest[4]
@@ -577,7 +577,7 @@ class _NormGated(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: tuple[Any, ...]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Any:
         out, used, kept = _below(x, _norm_gated_below, fast.norm_gated, weight, bias, *rest)
         ctx.mark_non_differentiable(used, kept)
         _NormGated.keep(ctx, (x, weight, bias, kept, used), rest)
@@ -608,7 +608,7 @@ class _NormGatedNow(_NormGated):
     """As ``_ActivationNow``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: tuple[Any, ...]) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: tuple[Any, ...]) -> Any:
         out, used, kept = fast.norm_gated(x, weight, bias, *rest)
         _NormGated.keep(ctx, (x, weight, bias, kept, used), rest)
         return out

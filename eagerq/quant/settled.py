@@ -131,7 +131,7 @@ class Settled:
         return has_channels_last(x)
 
 
-class Settles:
+class Settles(nn.Module):
     """Mixin of modules that remember how their steps were settled; copies and pickles do not keep it."""
 
     def settled(self) -> Settled | None:
@@ -139,7 +139,7 @@ class Settles:
         if torch.compiler.is_compiling():
             return None
         settled: Settled | None = self.__dict__.get("_settled")
-        return settled if settled is not None and settled.holds(self) else None  # type: ignore[arg-type]
+        return settled if settled is not None and settled.holds(self) else None
 
     def settle(
         self, computing: tuple[str, ...], parts: Iterable[nn.Module], norm: nn.Module | None, x: Tensor,
@@ -147,11 +147,11 @@ class Settles:
     ) -> None:  # fmt: skip
         """Remember it; arguments as of ``Settled``."""
         self.__dict__["_settled"] = None  # so that its place is there when attributes are counted
-        self.__dict__["_settled"] = Settled(self, computing, parts, norm, x, call)  # type: ignore[arg-type]
+        self.__dict__["_settled"] = Settled(self, computing, parts, norm, x, call)
 
     def unsettle(self) -> None:
         """Remember nothing."""
         self.__dict__.pop("_settled", None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != "_settled"}  # type: ignore[misc]
+        return {name: value for name, value in super().__getstate__().items() if name != "_settled"}  # type: ignore[no-untyped-call]

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_dtype = attrgetter("dtype")
 #: Triton asks the driver about each tensor that it is given, and nothing about addresses.
 address: Any = Tensor.data_ptr
 
@@ -83,7 +85,7 @@ def launch_over(
         large: tensors whose dtypes and alignment the kernel is compiled for.
         small: tensors of one dtype each, on whose alignment nothing is specialized.
         scalars: floats, on which nothing is specialized.
-        before, after: the constants.
+        before, after: the constants; ``after``, block and warps are the same in all launches of the kernel.
         block: values of one program's step.
         waves: at most so many programs for each multiprocessor.
         warps: of a program.
@@ -93,11 +95,9 @@ def launch_over(
         with torch.cuda.device(x.device):
             launch_over(kernel, x, large, small, scalars, before, after, block, waves, warps)
     elif n:
+        # of the kernel, which goes with one ``after``, its number: Triton hashes its text; of n what Triton specializes on
         even = n % block == 0
-        # of the kernel its number: Triton hashes its text; of n what Triton specializes on
-        key = (
-            id(kernel), even, n % 16 == 0, n == 1, n >= 2**31, x.get_device(), before, after, warps,
-            *[t.dtype for t in large], *[address(t) & 15 for t in large],
-        )  # fmt: skip
+        alignments = [where & 15 for where in map(address, large)]
+        key = (id(kernel), even, n & 15 == 0, n == 1, n >> 31, x.get_device(), before, *map(_dtype, large), *alignments)
         plan = planned(key) or remember(key, Plan(kernel, (*before, even, *after), num_warps=warps))
         plan.launch(stream, min(-(-n // block), processors(x) * waves), (*large, *small), (n, *scalars))
