@@ -6,6 +6,7 @@ import copy
 import functools
 import re
 import shutil
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -31,6 +32,7 @@ from eagerq.nn.intrinsic import qat as nniqat
 from eagerq.nn.modules.batchnorm import is_plain_norm
 from eagerq.nn.qat.mixins import WithAct, WithBn
 from eagerq.quant import FakeQuantize, QuantSpec, fast_kernels
+from eagerq.quant.layout import rows_of
 from tests.test_exact import Branches
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch's own compiler
@@ -184,7 +186,7 @@ NETS: dict[str, Any] = {
     "branches": Branches,
     "convnext": lambda: ConvNeXt(num_classes=4, depths=(1, 1, 1, 1), dims=(8, 16, 16, 24)),
 }
-FORMS = ["decomposed", "operators"]
+FORMS = ["decomposed", "operators", "mixed"]
 
 
 class Small(nn.Module):
@@ -205,9 +207,13 @@ class Small(nn.Module):
 
 @pytest.fixture
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What compiled code holds: PyTorch's own functions, or, as on CUDA, the operators (with their plain kernels)."""
-    if request.param == "operators":
+    """What compiled code holds: PyTorch's own functions; as on CUDA, the operators (with their plain kernels); or, as there of
+    large tensors, a mixture."""
+    if request.param != "decomposed":
         monkeypatch.setattr(fast_kernels, "are_fast", lambda x: x.dtype in fast_kernels.DTYPES)
+    if request.param == "mixed":
+        monkeypatch.setattr(sys.modules[FakeQuantize.__module__], "FEWEST_FUSED", 1)
+        monkeypatch.setattr("eagerq.quant.observer._row_of", rows_of)
     return str(request.param)
 
 
@@ -229,6 +235,66 @@ def test_inductor_agrees(form: str) -> None:
     # another order of float additions may move a value across a rounding boundary: by one code at most, and rarely
     assert float((found - wanted).abs().max()) <= 1.001 * float(eager.activation_post_process.scale)
     assert float(((found - wanted).abs() > 1e-5).float().mean()) < 0.01
+
+
+CHANNELS_LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
+
+
+@pytest.mark.parametrize(
+    ("shape", "format", "bounds", "learns", "fused"),
+    [
+        ((8, 64, 64, 64), CHANNELS_LAST, (None, None), True, True),
+        ((8, 64, 64, 64), CONTIGUOUS, (None, None), True, True),
+        ((1 << 20,), CONTIGUOUS, (None, None), True, True),
+        ((1 << 20, 2), CONTIGUOUS, (None, None), True, True),
+        ((8, 64, 64, 64), CHANNELS_LAST, (0.0, None), True, False),
+        ((8, 64, 64, 64), CHANNELS_LAST, (0.0, 6.0), False, True),
+        ((64, 16, 64, 64), CHANNELS_LAST, (None, None), True, False),
+        ((64, 16, 64, 64), CHANNELS_LAST, (None, None), False, True),
+        ((8, 64, 8, 8), CHANNELS_LAST, (None, None), True, False),
+        ((8, 64, 8, 8), CHANNELS_LAST, (None, None), False, True),
+    ],
+)
+def test_what_is_left_to_compilers_on_cuda(
+    shape: Any, format: Any, bounds: Any, learns: bool, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast_kernels, "are_fast", lambda x: True)
+    graphs: list[str] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph.print_readable(print_output=False))
+        return graph.forward
+
+    quantizer = FakeQuantize(QuantSpec()).train(learns)
+    x = torch.empty(shape).contiguous(memory_format=format)
+    torch.compile(lambda x: quantizer.of_activation(x, bounds), fullgraph=True, backend=backend)(x)
+    assert ["fake_quantize_activation" in graph for graph in graphs] == [not fused]
+
+
+if torch.cuda.is_available():
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("format", [CHANNELS_LAST, CONTIGUOUS], ids=str)
+    def test_on_cuda_a_large_tensor_learns_as_by_the_kernel(format: torch.memory_format, dtype: torch.dtype) -> None:
+        """Inductor's division of float32 is not IEEE's: a quotient beside a tie may become the other code."""
+        compiled, eager = compiled_and_eager(FakeQuantize(QuantSpec()).cuda(), "inductor")
+        for seed in range(3):
+            torch.manual_seed(seed)
+            x = torch.randn(8, 64, 64, 64, device="cuda", dtype=dtype).contiguous(memory_format=format)
+            x[0, 0, 0, 0] = 9.0  # clipped
+            scale, zero = float(eager.scale), int(eager.zero_point)
+            state = {name: t.clone() for name, t in eager.state_dict().items()}
+            compiled._orig_mod.load_state_dict(state)
+            (found, given), (wanted, grads) = step(compiled, x), step(eager, x)
+            quotient = x.double() / scale
+            beside = ((quotient - quotient.floor() - 0.5).abs() < 1e-5 * (1 + quotient.abs())).to(x.device)
+            off = (found - wanted).abs().double()
+            assert bool((off[~beside] == 0).all()) and float(off.max()) <= 1.01 * scale, zero
+            same = (given[0] == grads[0]) | beside | (off > 0)
+            assert bool(same.all())
+            for name in ("min_val", "max_val"):
+                a, b = (getattr(q.activation_post_process, name) for q in (compiled._orig_mod, eager))
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
 
 
 class Pair:
@@ -271,7 +337,11 @@ def applied(verb: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "form"),
-    [*((n, "decomposed") for n in NETS), *((n, "operators") for n in ("mobilenetv2", "efficientnet", "branches", "convnext"))],
+    [
+        *((n, "decomposed") for n in NETS),
+        *((n, "operators") for n in ("mobilenetv2", "efficientnet", "branches", "convnext")),
+        *((n, "mixed") for n in ("efficientnet", "convnext")),
+    ],
     indirect=["form"],
 )
 def test_a_real_net_is_one_graph(name: str, form: str) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eagerq.quant import Observer, QuantSpec
+from eagerq.quant.layout import FEWEST_IN_ROW, rows_of
 from eagerq.quant.spec import OBSERVERS
 
 values = st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=40)
@@ -189,3 +190,46 @@ def test_observing_records_no_gradient(name: Any) -> None:
     out.sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == [1.0] * 8
+
+
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@st.composite
+def laid_out(draw: st.DrawFn) -> Tensor:
+    """Distinct values, in any layout."""
+    shape = draw(st.lists(st.sampled_from([0, 1, 2, 3, 7, 16, 31, 32, 40]), max_size=5))
+    while math.prod(shape) > 2**14:
+        shape[shape.index(max(shape))] = 2
+    x = torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape) - 9
+    if len(shape) in FORMATS and draw(st.booleans()):
+        return x.contiguous(memory_format=FORMATS[len(shape)])
+    axes = draw(st.permutations(range(len(shape))))
+    return x.permute(axes)[..., :: draw(st.sampled_from([1, 2]))] if axes else x
+
+
+@given(x=laid_out())
+def test_rows_lie_side_by_side_and_are_the_shortest(x: Tensor) -> None:
+    rows = rows_of(x)
+    inner = sorted((axis for axis in rows if x.shape[axis] > 1), key=x.stride)
+    size = 1
+    for axis in inner:
+        assert x.stride(axis) == size
+        assert size < FEWEST_IN_ROW
+        size *= x.shape[axis]
+    assert not rows or size >= FEWEST_IN_ROW
+    if not rows and x.is_contiguous():
+        assert x.numel() < FEWEST_IN_ROW
+
+
+@given(x=laid_out(), method=st.sampled_from(["min_max", "moving_average"]), odd=st.sampled_from([0.0, math.inf, math.nan]))
+def test_ends_found_row_by_row_are_those_of_all(x: Tensor, method: Any, odd: float) -> None:
+    if x.numel():
+        x[(0,) * x.dim()] = odd
+    whole, by_rows = Observer(QuantSpec(observer=method)), Observer(QuantSpec(observer=method))
+    whole(x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("eagerq.quant.observer._row_of", rows_of)
+        by_rows(x)
+    for name in ("min_val", "max_val"):
+        assert torch.equal(getattr(whole, name), getattr(by_rows, name))

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-from eagerq.quant import FakeQuantize, QuantSpec, fast_kernels, operators, plain_kernels
+from eagerq.quant import FakeQuantize, QuantSpec, fast_kernels, layout, operators, plain_kernels
 from eagerq.quant.functional import Bounds, _first_clipped, fake_quantize
 from eagerq.quant.spec import Grid
 
@@ -151,7 +151,7 @@ def test_an_activations_kernel_is_the_plain_one(
             assert_identical(mask, wanted_mask)
             assert_learned_alike(mine, own, theirs, other)
             if needs_mask:
-                grad = torch.randn(x.shape, device=place).to(dtype).contiguous(memory_format=plain_kernels.memory_format(out))
+                grad = torch.randn(x.shape, device=place).to(dtype).contiguous(memory_format=layout.memory_format(out))
                 assert_identical(fast_kernels.masked_gradient(grad, mask), plain_kernels.masked_gradient(grad, mask))
 
 
@@ -315,11 +315,11 @@ def test_a_gelus_kernel_is_the_plain_one_behind_it(
             assert plain_kernels.unpacked(whole, out).all()
             if needs_mask:
                 grad = laid_out(torch.randn(x.shape).to(dtype), layout).to(place)
-                passed = plain_kernels.masked_gradient(grad.contiguous(memory_format=plain_kernels.memory_format(a)), mask)
+                passed = plain_kernels.masked_gradient(grad.contiguous(memory_format=layout.memory_format(a)), mask)
                 found = fast_kernels.gelu_gradient(grad, x, mask)
                 assert_identical(found, fast_kernels.gelu_gradient(passed, x, whole))
                 assert is_gelus_gradient(passed, x, found).all()
-                wanted = torch.ops.aten.gelu_backward(passed, plain_kernels.dense(x))
+                wanted = torch.ops.aten.gelu_backward(passed, layout.dense(x))
                 assert_identical(plain_kernels.gelu_gradient(grad, x, mask), wanted)
 
 
@@ -438,7 +438,7 @@ def test_a_sigmoids_kernel_is_the_plain_ones_around_it(
             learns = bool(x.numel()) and (observes or i == 0)
             flat = [t for state in mine for t in state]
             y, _ = fast_kernels.sigmoid(x, [*mine[0], *fresh(grid, None, place)], [], hard, None, *grid)
-            a, passes = plain_kernels._fake_quantized(plain_kernels.dense(x), theirs[0], grid)
+            a, passes = plain_kernels._fake_quantized(layout.dense(x), theirs[0], grid)
             assert_sigmoid_of(a, hard, y)
             wanted, y_passes = plain_kernels._fake_quantized(y, theirs[1], grid)
             wanted_used = plain_kernels._numbers([t for state in theirs for t in state])
@@ -446,14 +446,14 @@ def test_a_sigmoids_kernel_is_the_plain_ones_around_it(
             assert_identical(out, wanted)
             if x.numel():
                 assert_identical(used, wanted_used)
-            for seen, state, words in zip((plain_kernels.dense(x), y), theirs, other, strict=True):
+            for seen, state, words in zip((layout.dense(x), y), theirs, other, strict=True):
                 if learns:
                     plain_kernels._learn(seen, state, plain_kernels.state_before(words), constant, grid)
             for state, words, wanted_state, wanted_words in zip(mine, own, theirs, other, strict=True):
                 assert_learned_alike(state, words, wanted_state, wanted_words)
             grad = laid_out(torch.randn(x.shape).to(dtype), layout).to(place)
             found = fast_kernels.sigmoid_gradient(grad, x, used, hard, grid.quant_min, grid.quant_max)
-            grad = grad.contiguous(memory_format=plain_kernels.memory_format(a))
+            grad = grad.contiguous(memory_format=layout.memory_format(a))
             assert_sigmoids_gradient(grad, a, passes & y_passes, hard, found)
 
 
@@ -642,7 +642,7 @@ def test_a_gate_far_from_zero_is_zero_or_one(device: str, hard: bool, is_known: 
 def nudged(x: Tensor, grad: Tensor, flat: list[Tensor], grid: Grid, factor: float) -> tuple[Tensor, Tensor]:
     """SiLU in quantized steps, with the gate times a factor; and what its codes say of the gradient."""
     of_x, of_gate, of_y = plain_kernels._states(flat)
-    x = plain_kernels.dense(x)
+    x = layout.dense(x)
     a, _ = plain_kernels._fake_quantized(x, of_x, grid)
     gate = (torch.sigmoid(a.float()) * factor).to(x.dtype)
     b, gate_passes = plain_kernels._fake_quantized(gate, of_gate, grid)
@@ -714,7 +714,7 @@ def test_a_norms_kernels_are_the_plain_ones(
                 assert not new[~sound].isfinite().any()
             assert int(running[2]) == i + 1
             # of these statistics, bit for bit
-            a = plain_kernels.normalised(plain_kernels.dense(x), *parameters, mean, inverse)
+            a = plain_kernels.normalised(layout.dense(x), *parameters, mean, inverse)
             a = a if bounds == (None, None) else a.clamp(*bounds)
             assert_identical(out, plain_kernels._fake_quantized(a, theirs, grid)[0])
             if learns:
@@ -731,7 +731,7 @@ def test_a_norms_kernels_are_the_plain_ones(
             below, above = _first_clipped(scale, zero, grid.quant_min, grid.quant_max) if known else (-math.inf, math.inf)
             low, high = (None if b is None else float(torch.tensor(b, dtype=dtype)) for b in bounds)
             wanted_ends = [below if low is None else max(below, low), above if high is None else min(above, high)]
-            if plain_kernels.has_channels_last(x):
+            if layout.has_channels_last(x):
                 assert kept[6:8].tolist() == wanted_ends
             grad = torch.randn(x.shape, device=place).to(dtype)
             ends_of_codes = (grid.quant_min, grid.quant_max)
@@ -777,9 +777,9 @@ def test_a_norm_and_its_gate_are_the_norm_and_then_the_gate(
                 x, *parameters, *moved, 0.1, 1e-5, *theirs[:4], other[0], *flags, *grid
             )
             assert_all_identical([*running, kept[plain_kernels.KEPT :]], [*moved, statistics[plain_kernels.KEPT :]])
-            by = fast_kernels if plain_kernels.has_channels_last(x) else plain_kernels
+            by = fast_kernels if layout.has_channels_last(x) else plain_kernels
             y = plain_kernels.normalised(
-                plain_kernels.dense(x), *parameters, *kept[plain_kernels.KEPT :].reshape(2, -1)
+                layout.dense(x), *parameters, *kept[plain_kernels.KEPT :].reshape(2, -1)
             )
             wanted, wanted_used = by.gated(y, theirs, other if teaches else [], hard, constant, *grid)
             numbers, wanted_numbers = (numbers_of[: plain_kernels.NUMBERS] for numbers_of in (used, wanted_used))
@@ -795,8 +795,8 @@ def test_a_norm_and_its_gate_are_the_norm_and_then_the_gate(
             )
             assert_all_identical(found, again)
             reached = by.gated_gradient(grad, y, used, hard, *ends).float()
-            sums = plain_kernels._norm_sums(reached, plain_kernels.dense(x), kept)
-            of_x = plain_kernels._norm_gradient(reached, plain_kernels.dense(x), parameters[0], kept, sums).to(dtype)
+            sums = plain_kernels._norm_sums(reached, layout.dense(x), kept)
+            of_x = plain_kernels._norm_gradient(reached, layout.dense(x), parameters[0], kept, sums).to(dtype)
             if bool(kept[plain_kernels.KEPT :].isfinite().all()) and bool(reached.isfinite().all()):
                 for ours, its, size in zip(found, (of_x, sums), sizes_of(reached, kept, parameters[0]), strict=True):
                     assert_near(ours, its, size)
@@ -877,7 +877,7 @@ def test_a_gelus_operator_is_the_module_behind_it(
     state, words, grid = fresh(spec.grid), scratch(), spec.grid
     for size, _, seed in batches:
         x = batch(shape, (size, False, seed), state[0], dtype, layout)
-        leaves = [t.clone().requires_grad_() for t in (x, plain_kernels.dense(x))]
+        leaves = [t.clone().requires_grad_() for t in (x, layout.dense(x))]
         module._known = False
         outs = (
             operators.fake_quantize_gelu(leaves[0], state, words, module.constant, grid),
@@ -886,7 +886,7 @@ def test_a_gelus_operator_is_the_module_behind_it(
         torch.testing.assert_close(*outs, rtol=0.0, atol=0.0, equal_nan=True)
         assert_all_identical(state, module.state)
         grad = laid_out(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype), of_grad)
-        grads = grad, grad.contiguous(memory_format=plain_kernels.memory_format(outs[0]))
+        grads = grad, grad.contiguous(memory_format=layout.memory_format(outs[0]))
         once, twice = [], []
         for out, leaf, grad in zip(outs, leaves, grads, strict=True):
             once += torch.autograd.grad(out, leaf, grad, retain_graph=True)
@@ -942,7 +942,7 @@ def test_a_sigmoids_operator_is_the_modules_around_it(
         words.append(scratch())
     for size, _, seed in batches:
         x = batch(shape, (size, False, seed), states[0][0], dtype, layout)
-        leaves = [t.clone().requires_grad_() for t in (x, plain_kernels.dense(x))]
+        leaves = [t.clone().requires_grad_() for t in (x, layout.dense(x))]
         for module in modules:
             module._known = False
         outs = (
@@ -953,7 +953,7 @@ def test_a_sigmoids_operator_is_the_modules_around_it(
         for state, module in zip(states, modules, strict=True):
             assert_all_identical(state, module.state)
         grad = laid_out(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype), of_grad)
-        grads = grad, grad.contiguous(memory_format=plain_kernels.memory_format(outs[0]))
+        grads = grad, grad.contiguous(memory_format=layout.memory_format(outs[0]))
         once, twice = [], []
         for out, leaf, grad in zip(outs, leaves, grads, strict=True):
             once += torch.autograd.grad(out, leaf, grad, retain_graph=True)
@@ -1119,7 +1119,7 @@ def test_the_gradient_for_compilers_is_the_kernels(dtype: torch.dtype, shape: tu
     grad = laid_out(torch.randn(shape, generator=generator).to(dtype), layout)
     mask = plain_kernels.packed(laid_out(torch.rand(shape, generator=generator) < 0.5, layout))
     wanted = plain_kernels.masked_gradient(grad, mask)
-    assert_identical(operators._traced_gradient(grad, mask, plain_kernels.memory_format(grad)), wanted)
+    assert_identical(operators._traced_gradient(grad, mask, layout.memory_format(grad)), wanted)
     assert_identical(torch.ops.eagerq.masked_gradient(grad, mask), wanted)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from eagerq.quant import plain_kernels as plain
-from eagerq.quant.plain_kernels import memory_format
+from eagerq.quant.layout import dense, has_channels_last, memory_format
 from eagerq.quant.spec import Grid
 
 #: What Triton's kernels compute in.
@@ -55,7 +55,7 @@ def activation(
     kernels = _triton("kernels")
     if kernels is None or x.dtype not in DTYPES:
         return plain.activation(x, scale, zero_point, min_val, max_val, scratch, low, high, constant, *rest)
-    x = plain.dense(x)
+    x = dense(x)
     if x.dtype != torch.float32:
         low, high = plain.held(low, x.dtype), plain.held(high, x.dtype)
     out, mask = torch.empty_like(x), plain.mask_like(x, rest[-1])
@@ -69,7 +69,7 @@ def masked_gradient(grad: Tensor, mask: Tensor) -> Tensor:
     kernels = _triton("kernels")
     if kernels is None or grad.dtype not in DTYPES:
         return plain.masked_gradient(grad, mask)
-    grad = plain.dense(grad)
+    grad = dense(grad)
     out = torch.empty_like(grad)
     kernels.masked_gradient(grad, mask, out)
     return out
@@ -82,7 +82,7 @@ def gelu(
     kernels = _triton("kernels")
     if kernels is None or x.dtype not in DTYPES:
         return plain.gelu(x, scale, zero_point, min_val, max_val, scratch, constant, *rest)
-    x = plain.dense(x)
+    x = dense(x)
     out, mask = torch.empty_like(x), plain.mask_like(x, rest[-1])
     kernels.activation_forward(
         x, out, mask if rest[-1] else None, scale, zero_point, min_val, max_val, scratch, None, None, constant, Grid(*rest[:-1]),
@@ -95,7 +95,7 @@ def gelu_gradient(grad: Tensor, x: Tensor, mask: Tensor) -> Tensor:
     kernels = _triton("kernels")
     if kernels is None or not {grad.dtype, x.dtype} <= DTYPES:
         return plain.gelu_gradient(grad, x, mask)
-    x = plain.dense(x)
+    x = dense(x)
     out = torch.empty_like(x, dtype=grad.dtype)
     kernels.gelu_gradient(grad.contiguous(memory_format=memory_format(x)), x, mask, out)
     return out
@@ -107,7 +107,7 @@ def gated(
     kernels = _triton("gates")
     if kernels is None or x.dtype not in DTYPES:
         return plain.gated(x, state, scratch, hard, constant, *rest)
-    x = plain.dense(x)
+    x = dense(x)
     out, used = torch.empty_like(x), plain.used_of(x)
     kernels.forward(x, out, used, scratch, state, hard, constant, Grid(*rest))
     return out, used
@@ -117,7 +117,7 @@ def gated_gradient(grad: Tensor, x: Tensor, used: Tensor, hard: bool, quant_min:
     kernels = _triton("gates")
     if kernels is None or not {grad.dtype, x.dtype} <= DTYPES:  # else the forward was plain, and made no tables
         return plain.gated_gradient(grad, x, used, hard, quant_min, quant_max)
-    x = plain.dense(x)
+    x = dense(x)
     out = torch.empty_like(x)
     kernels.backward(grad.contiguous(memory_format=memory_format(x)), x, out, used, hard, quant_min, quant_max)
     return out
@@ -129,7 +129,7 @@ def sigmoid(
     kernels = _triton("sigmoids")
     if kernels is None or x.dtype not in DTYPES:
         return plain.sigmoid(x, state, scratch, hard, constant, *rest)
-    x = plain.dense(x)
+    x = dense(x)
     out, used = torch.empty_like(x), plain.used_of(x, plain.SIGMOID_USED)
     kernels.forward(x, out, used, scratch, state, hard, constant, Grid(*rest))
     return out, used
@@ -139,7 +139,7 @@ def sigmoid_gradient(grad: Tensor, x: Tensor, used: Tensor, hard: bool, quant_mi
     kernels = _triton("sigmoids")
     if kernels is None or not {grad.dtype, x.dtype} <= DTYPES:
         return plain.sigmoid_gradient(grad, x, used, hard, quant_min, quant_max)
-    x = plain.dense(x)
+    x = dense(x)
     out = torch.empty_like(x)
     kernels.backward(grad.contiguous(memory_format=memory_format(x)), x, out, used, hard, quant_min, quant_max)
     return out
@@ -147,7 +147,7 @@ def sigmoid_gradient(grad: Tensor, x: Tensor, used: Tensor, hard: bool, quant_mi
 
 def _of_norm(x: Tensor, name: str = "norms") -> ModuleType | None:
     """The kernels of norms, where they serve: of channels that lie side by side."""
-    return _triton(name) if x.dtype in DTYPES and plain.has_channels_last(x) else None
+    return _triton(name) if x.dtype in DTYPES and has_channels_last(x) else None
 
 
 def norm_statistics(x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> Tensor:
@@ -218,7 +218,7 @@ def weight_by_its_range(
     kernels = _triton("kernels")
     if kernels is None or weight.dtype not in DTYPES:
         return plain.weight_by_its_range(weight, scale, zero_point, min_val, max_val, *rest)
-    weight = plain.dense(weight)
+    weight = dense(weight)
     out = torch.empty_like(weight, dtype=rest[-1])
     kernels.weight_forward(weight, out, scale, zero_point, min_val, max_val, Grid(*rest[:-1]))
     return out
@@ -226,6 +226,6 @@ def weight_by_its_range(
 
 def of_weight(weight: Tensor) -> Callable[..., None] | None:
     """The kernel that writes what ``weight_by_its_range`` gives over a copy of the weight; None where none serves."""
-    serves = is_plain(weight) and weight.dtype in DTYPES and plain.dense(weight) is weight
+    serves = is_plain(weight) and weight.dtype in DTYPES and dense(weight) is weight
     kernels = _triton("kernels") if serves else None
     return None if kernels is None else kernels.weight_forward

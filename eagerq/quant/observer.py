@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eagerq.quant.functional import Bounds, dequantize, quantization_params, quantize
+from eagerq.quant.layout import rows_of
 from eagerq.quant.ranks import Ranks, hull, mean
 from eagerq.quant.spec import QuantSpec
 
@@ -117,9 +118,13 @@ class Observer(QuantState):
 
     def _extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Least and greatest value of the tensor or of each channel, ``(channels or 1,)``; of two reductions, which are
-        vectorised on CPUs and fused by compilers where ``aminmax`` along axes is neither."""
-        rest = [d for d in range(x.dim()) if self.channels is None or d != self.axis % x.dim()]
-        low, high = (x.amin(rest), x.amax(rest)) if rest else (x, x)
+        vectorised on CPUs and fused by compilers where ``aminmax`` along axes is neither. On CUDA what is compiled finds them row
+        by row, in the kernel that makes the rows: none makes a tensor and reduces all of it."""
+        low = high = x
+        if self.channels is None and (row := _row_of(x)):
+            low, high = low.amin(row), high.amax(row)
+        rest = [d for d in range(low.dim()) if self.channels is None or d != self.axis % x.dim()]
+        low, high = (low.amin(rest), high.amax(rest)) if rest else (low, high)
         return low.reshape(-1).to(self.min_val.dtype), high.reshape(-1).to(self.min_val.dtype)
 
     def merged(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,6 +160,11 @@ class Observer(QuantState):
 
     def extra_repr(self) -> str:
         return self.spec.observer
+
+
+def _row_of(x: Tensor) -> list[int]:
+    """Axes to reduce before the others."""
+    return rows_of(x) if torch.compiler.is_compiling() and x.is_cuda else []
 
 
 def merged_range(min_val: Tensor, max_val: Tensor, low: Tensor, high: Tensor, constant: float | None) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,8 @@ from torch import Tensor
 from eagerq.quant import fast_kernels as fast
 from eagerq.quant import plain_kernels as plain
 from eagerq.quant.functional import Bounds, straight_through
-from eagerq.quant.plain_kernels import State, memory_format
+from eagerq.quant.layout import dense, memory_format
+from eagerq.quant.plain_kernels import State
 from eagerq.quant.spec import Grid
 
 #: An operator of one tensor, bound to all else that it takes.
@@ -310,27 +311,27 @@ def fake_quantize_weight(weight: Tensor, state: State, grid: Grid, dtype: torch.
 
 
 def _fake_activation(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(plain.dense(x)), plain.mask_like(x, rest[-1])
+    return torch.empty_like(dense(x)), plain.mask_like(x, rest[-1])
 
 
 def _fake_gelu_gradient(grad: Tensor, x: Tensor, mask: Tensor) -> Tensor:
-    return torch.empty_like(plain.dense(x), dtype=grad.dtype)
+    return torch.empty_like(dense(x), dtype=grad.dtype)
 
 
 def _fake_gated(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(plain.dense(x)), plain.used_of(x)
+    return torch.empty_like(dense(x)), plain.used_of(x)
 
 
 def _fake_gated_gradient(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(plain.dense(x))
+    return torch.empty_like(dense(x))
 
 
 def _fake_sigmoid(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(plain.dense(x)), plain.used_of(x, plain.SIGMOID_USED)
+    return torch.empty_like(dense(x)), plain.used_of(x, plain.SIGMOID_USED)
 
 
 def _fake_norm(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(plain.dense(x)), plain.kept_of(x)
+    return torch.empty_like(dense(x)), plain.kept_of(x)
 
 
 def _fake_norm_gated(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -338,7 +339,7 @@ def _fake_norm_gated(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fake_norm_gated_gradient(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(plain.dense(x), dtype=grad.dtype), plain.sums_of(x)
+    return torch.empty_like(dense(x), dtype=grad.dtype), plain.sums_of(x)
 
 
 def _fake_statistics(x: Tensor, *rest: Any) -> Tensor:
@@ -350,11 +351,11 @@ def _fake_sums(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
 
 
 def _fake_gradient(grad: Tensor, mask: Tensor) -> Tensor:
-    return torch.empty_like(plain.dense(grad))
+    return torch.empty_like(dense(grad))
 
 
 def _fake_weight(weight: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(plain.dense(weight), dtype=rest[-1])
+    return torch.empty_like(dense(weight), dtype=rest[-1])
 
 
 # --- gradients
@@ -539,7 +540,7 @@ class _Norm(torch.autograd.Function):
             out, kept = fast.norm_activation(x, weight, bias, *rest)
         else:
             kept = _norm_statistics(x, weight, bias, *rest)
-            out, _ = plain.norm_applied(plain.dense(x), weight, bias, kept, *ctx.arguments)
+            out, _ = plain.norm_applied(dense(x), weight, bias, kept, *ctx.arguments)
         ctx.save_for_backward(x, weight, bias, kept)
         ctx.mark_non_differentiable(kept)
         ctx.set_materialize_grads(False)
@@ -631,7 +632,7 @@ def _norms_own_gradient(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     """Of x, weight and bias through PyTorch's norm, which has derivatives of any order."""
     x, weight, bias, kept = ctx.saved_tensors
     with torch.no_grad():
-        _, passes = plain.norm_applied(plain.dense(x), weight, bias, kept, *ctx.arguments)
+        _, passes = plain.norm_applied(dense(x), weight, bias, kept, *ctx.arguments)
     return _through_norm(ctx, _norm_of(ctx, x, weight, bias), (x, weight, bias), torch.where(passes, grad, 0.0))
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from eagerq.quant.functional import computing_dtype, dequantize, quantization_params, quantize
+from eagerq.quant.layout import dense, memory_format
 from eagerq.quant.observer import merged_range
 from eagerq.quant.spec import Grid
 
@@ -46,34 +47,10 @@ def state_before(scratch: Tensor) -> State:
     return floats[3:4], scratch[4:5], floats[5], floats[6]
 
 
-def memory_format(x: Tensor) -> torch.memory_format:
-    """The format in which ``x`` lies without gaps, or to which it must be copied."""
-    if not x.is_contiguous():
-        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-            return torch.channels_last
-        if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
-            return torch.channels_last_3d
-    return torch.contiguous_format
-
-
-_CHANNELS_LAST = {2: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def has_channels_last(x: Tensor) -> bool:
-    """Whether the channels of ``(N, C, *)`` lie side by side."""
-    format = _CHANNELS_LAST.get(x.dim())
-    return format is not None and x.is_contiguous(memory_format=format)
-
-
 @functools.cache
 def held(bound: float | None, dtype: torch.dtype) -> float | None:
     """The bound that the dtype holds, by which PyTorch clamps."""
     return None if bound is None else float(torch.tensor(bound, dtype=dtype))
-
-
-def dense(x: Tensor) -> Tensor:
-    """``x`` without gaps in memory; itself if it has none."""
-    return x if x.is_contiguous() else x.contiguous(memory_format=memory_format(x))
 
 
 def mask_like(x: Tensor, needs_mask: bool) -> Tensor:

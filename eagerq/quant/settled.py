@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from eagerq.quant import fast_kernels
+from eagerq.quant.layout import has_channels_last
 from eagerq.quant.observer import Observer
-from eagerq.quant.plain_kernels import has_channels_last
 
 #: What decides, of the attributes of modules, quantizers, observers, norms and activations.
 _ATTRIBUTES = (

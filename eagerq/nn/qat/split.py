@@ -15,6 +15,7 @@ from eagerq.quant.code_functions import hardsigmoid_sum
 from eagerq.quant.code_values import Coded
 from eagerq.quant.codes import CodeTensor
 from eagerq.quant.fake_quantize import FakeQuantize, is_recomputing
+from eagerq.quant.layout import has_channels_last
 from eagerq.quant.operators import (
     Call,
     batch_norm_gated,
@@ -24,7 +25,7 @@ from eagerq.quant.operators import (
     norm_gated_call,
     sigmoid_call,
 )
-from eagerq.quant.plain_kernels import has_channels_last, state_before
+from eagerq.quant.plain_kernels import state_before
 from eagerq.quant.spec import QConfig
 
 #: f(x) = x g(x), as the engine multiplies; torch's class of f, f and g.
