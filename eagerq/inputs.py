@@ -159,12 +159,24 @@ def misfit(model: nn.Module, run: Inputs) -> str:
     return ""
 
 
-def runs_for(model: nn.Module, example_inputs: Any) -> tuple[Inputs, ...] | None:
-    """The forwards to watch: those given, else those the model's library says; None if neither.
+def runs_for(
+    model: nn.Module, example_inputs: Any, recorded: tuple[Inputs, ...] | None = None
+) -> tuple[Inputs, ...] | None:
+    """The forwards to watch: those given, else those recorded, else those the model's library says; None if there are none.
 
     Raises:
         InputsError: if ``example_inputs`` are of no known form.
     """
     if example_inputs is None:
         example_inputs = integrations.example_inputs(model)
+        if recorded is not None and not _is_alike(recorded, example_inputs):  # else in the dtype that the model has by now
+            return recorded
     return None if example_inputs is None else as_runs(example_inputs)
+
+
+def _is_alike(recorded: tuple[Inputs, ...], example: Any) -> bool:
+    """Whether the one thing recorded is one tensor of the shape of ``example``."""
+    if not isinstance(example, Tensor) or len(recorded) != 1 or recorded[0].kwargs or len(recorded[0].args) != 1:
+        return False
+    (given,) = recorded[0].args
+    return isinstance(given, Tensor) and given.shape == example.shape

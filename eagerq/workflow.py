@@ -16,7 +16,7 @@ from eagerq.conversion import Conversion
 from eagerq.errors import StateError
 from eagerq.guarding import guard_if_asked
 from eagerq.inputs import notes_on, runs_for
-from eagerq.nn.qat.base import QATOp
+from eagerq.nn.qat.base import QATBase, QATOp
 from eagerq.nn.quantized import QuantizedModule, fixed_quantizer, is_deployed, is_qat
 from eagerq.patterns import DEFAULT_PATTERNS, Patterns, parse_patterns
 from eagerq.plan import FusionPlan
@@ -112,7 +112,7 @@ def convert_qat(
         raise StateError("wanted a float model, found one that convert_qat has already converted; call it once.")
     mapping = as_mapping(qconfig)
     record = record_of(model) or Record()
-    runs = runs_for(model, example_inputs) or record.runs
+    runs = runs_for(model, example_inputs, record.runs)
     with integrations.sums_as_modules(model, keeps=inplace) as opened:
         conversion = Conversion(model, patterns or record.patterns, mapping)
         conversion.notes += notes_on(example_inputs, runs)
@@ -156,7 +156,22 @@ def report(model: nn.Module) -> Report:
     record = record_of(model) if isinstance(model, nn.Module) else None
     if record is None or record.stage == "fused":
         raise StateError("wanted a model that convert_qat returned, found none of its records on this one; convert first.")
-    return Report(record.rows, record.sites, record.notes)
+    rows = record.rows if record.stage == "deployed" else tuple(_as_it_is(row, model) for row in record.rows)
+    return Report(rows, record.sites, record.notes)
+
+
+def _as_it_is(row: tuple[str, str, str, str], model: nn.Module) -> tuple[str, str, str, str]:
+    """A row of what became a QAT module and is none by now: somebody put another module in its place."""
+    name, _, state, _ = row
+    if state != "QAT":
+        return row
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return (*row[:2], "float", "is in the model no longer")
+    if isinstance(module, QATBase):
+        return row
+    return name, type(module).__name__, "float", "replaced since convert_qat; one of eagerq.nn.qat would be quantized"
 
 
 def convert(model: nn.Module, *, inplace: bool = False) -> nn.Module:

@@ -127,10 +127,8 @@ def _asked(model: nn.Module, proto: Any, target: Path, modules: dict[str, str], 
 
 
 def _example(model: nn.Module, example_inputs: Any) -> Inputs:
-    runs = runs_for(model, example_inputs)
     record = record_of(model)
-    if runs is None and record is not None:
-        runs = record.runs
+    runs = runs_for(model, example_inputs, None if record is None else record.runs)
     if runs is None:
         raise InputsError("export_onnx wants example inputs, found none; pass example_inputs as model(...) takes them.")
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))

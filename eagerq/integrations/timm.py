@@ -107,7 +107,8 @@ def open_sums(module: nn.Module) -> Callable[[], None] | None:
 
 
 def example_inputs(model: nn.Module) -> torch.Tensor | None:
-    """A batch of two of the size in the model's ``pretrained_cfg``, with the channels its stem takes."""
+    """A batch of two of the size in the model's ``pretrained_cfg``, or that its patches are made for, with the channels its stem
+    takes."""
     cfg: Any = getattr(model, "pretrained_cfg", None)
     if cfg is not None and not isinstance(cfg, dict):
         cfg = vars(cfg)
@@ -118,6 +119,9 @@ def example_inputs(model: nn.Module) -> torch.Tensor | None:
     channels = getattr(stem, "in_channels", size[0])  # create_model(in_chans=...) changes the stem, not the cfg
     if channels in (4 * size[0], 16 * size[0]):  # a stem after space-to-depth
         channels = size[0]
+    made_for = getattr(getattr(model, "patch_embed", None), "img_size", None)  # by create_model(img_size=...), not in the cfg
+    if isinstance(made_for, tuple):
+        size = (size[0], *made_for)
     parameter = next(model.parameters(), None)
     if parameter is None:
         return None

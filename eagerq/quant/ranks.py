@@ -24,6 +24,9 @@ class Ranks:
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return self  # PyTorch cannot copy a process group, and a copied model belongs to the same one
 
+    def __reduce__(self) -> tuple[type[Ranks], tuple[()]]:
+        return Ranks, ()  # nor write it to a file: a loaded model's ranks are all processes
+
     def are_several(self) -> bool:
         """Whether ``torch.distributed`` is initialised and this process is one of two or more in the group."""
         return dist.is_available() and dist.is_initialized() and dist.get_world_size(self.group) > 1

@@ -404,7 +404,9 @@ class QATOp(Op, QATBase):
 
     def _input_scale(self) -> Tensor | None:
         quantizer = self.input_quantizer
-        if quantizer is None or not getattr(quantizer, "observed", True) or not getattr(quantizer, "fake_quant_enabled", True):
+        if quantizer is None or not getattr(quantizer, "fake_quant_enabled", True):
+            return None
+        if isinstance(quantizer, FakeQuantize) and not (quantizer.observed or quantizer.is_ready()):
             return None
         scale: Tensor = quantizer.scale  # type: ignore[assignment]
         return scale.reshape(())
