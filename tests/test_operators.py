@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-from eagerq.quant import FakeQuantize, QuantSpec, fast_kernels, layout, operators, plain_kernels
+from eagerq.quant import FakeQuantize, QuantSpec, fast_kernels, gradients, library, operators, plain_kernels
 from eagerq.quant.functional import Bounds, _first_clipped, fake_quantize
+from eagerq.quant.layout import dense, has_channels_last, memory_format
 from eagerq.quant.spec import Grid
 
 #: Triton's interpreter on CPU tensors stands in for its compiler where there is nothing to compile for.
@@ -151,7 +152,7 @@ def test_an_activations_kernel_is_the_plain_one(
             assert_identical(mask, wanted_mask)
             assert_learned_alike(mine, own, theirs, other)
             if needs_mask:
-                grad = torch.randn(x.shape, device=place).to(dtype).contiguous(memory_format=layout.memory_format(out))
+                grad = torch.randn(x.shape, device=place).to(dtype).contiguous(memory_format=memory_format(out))
                 assert_identical(fast_kernels.masked_gradient(grad, mask), plain_kernels.masked_gradient(grad, mask))
 
 
@@ -315,11 +316,11 @@ def test_a_gelus_kernel_is_the_plain_one_behind_it(
             assert plain_kernels.unpacked(whole, out).all()
             if needs_mask:
                 grad = laid_out(torch.randn(x.shape).to(dtype), layout).to(place)
-                passed = plain_kernels.masked_gradient(grad.contiguous(memory_format=layout.memory_format(a)), mask)
+                passed = plain_kernels.masked_gradient(grad.contiguous(memory_format=memory_format(a)), mask)
                 found = fast_kernels.gelu_gradient(grad, x, mask)
                 assert_identical(found, fast_kernels.gelu_gradient(passed, x, whole))
                 assert is_gelus_gradient(passed, x, found).all()
-                wanted = torch.ops.aten.gelu_backward(passed, layout.dense(x))
+                wanted = torch.ops.aten.gelu_backward(passed, dense(x))
                 assert_identical(plain_kernels.gelu_gradient(grad, x, mask), wanted)
 
 
@@ -438,7 +439,7 @@ def test_a_sigmoids_kernel_is_the_plain_ones_around_it(
             learns = bool(x.numel()) and (observes or i == 0)
             flat = [t for state in mine for t in state]
             y, _ = fast_kernels.sigmoid(x, [*mine[0], *fresh(grid, None, place)], [], hard, None, *grid)
-            a, passes = plain_kernels._fake_quantized(layout.dense(x), theirs[0], grid)
+            a, passes = plain_kernels._fake_quantized(dense(x), theirs[0], grid)
             assert_sigmoid_of(a, hard, y)
             wanted, y_passes = plain_kernels._fake_quantized(y, theirs[1], grid)
             wanted_used = plain_kernels._numbers([t for state in theirs for t in state])
@@ -446,14 +447,14 @@ def test_a_sigmoids_kernel_is_the_plain_ones_around_it(
             assert_identical(out, wanted)
             if x.numel():
                 assert_identical(used, wanted_used)
-            for seen, state, words in zip((layout.dense(x), y), theirs, other, strict=True):
+            for seen, state, words in zip((dense(x), y), theirs, other, strict=True):
                 if learns:
                     plain_kernels._learn(seen, state, plain_kernels.state_before(words), constant, grid)
             for state, words, wanted_state, wanted_words in zip(mine, own, theirs, other, strict=True):
                 assert_learned_alike(state, words, wanted_state, wanted_words)
             grad = laid_out(torch.randn(x.shape).to(dtype), layout).to(place)
             found = fast_kernels.sigmoid_gradient(grad, x, used, hard, grid.quant_min, grid.quant_max)
-            grad = grad.contiguous(memory_format=layout.memory_format(a))
+            grad = grad.contiguous(memory_format=memory_format(a))
             assert_sigmoids_gradient(grad, a, passes & y_passes, hard, found)
 
 
@@ -642,7 +643,7 @@ def test_a_gate_far_from_zero_is_zero_or_one(device: str, hard: bool, is_known: 
 def nudged(x: Tensor, grad: Tensor, flat: list[Tensor], grid: Grid, factor: float) -> tuple[Tensor, Tensor]:
     """SiLU in quantized steps, with the gate times a factor; and what its codes say of the gradient."""
     of_x, of_gate, of_y = plain_kernels._states(flat)
-    x = layout.dense(x)
+    x = dense(x)
     a, _ = plain_kernels._fake_quantized(x, of_x, grid)
     gate = (torch.sigmoid(a.float()) * factor).to(x.dtype)
     b, gate_passes = plain_kernels._fake_quantized(gate, of_gate, grid)
@@ -714,7 +715,7 @@ def test_a_norms_kernels_are_the_plain_ones(
                 assert not new[~sound].isfinite().any()
             assert int(running[2]) == i + 1
             # of these statistics, bit for bit
-            a = plain_kernels.normalised(layout.dense(x), *parameters, mean, inverse)
+            a = plain_kernels.normalised(dense(x), *parameters, mean, inverse)
             a = a if bounds == (None, None) else a.clamp(*bounds)
             assert_identical(out, plain_kernels._fake_quantized(a, theirs, grid)[0])
             if learns:
@@ -731,7 +732,7 @@ def test_a_norms_kernels_are_the_plain_ones(
             below, above = _first_clipped(scale, zero, grid.quant_min, grid.quant_max) if known else (-math.inf, math.inf)
             low, high = (None if b is None else float(torch.tensor(b, dtype=dtype)) for b in bounds)
             wanted_ends = [below if low is None else max(below, low), above if high is None else min(above, high)]
-            if layout.has_channels_last(x):
+            if has_channels_last(x):
                 assert kept[6:8].tolist() == wanted_ends
             grad = torch.randn(x.shape, device=place).to(dtype)
             ends_of_codes = (grid.quant_min, grid.quant_max)
@@ -777,9 +778,9 @@ def test_a_norm_and_its_gate_are_the_norm_and_then_the_gate(
                 x, *parameters, *moved, 0.1, 1e-5, *theirs[:4], other[0], *flags, *grid
             )
             assert_all_identical([*running, kept[plain_kernels.KEPT :]], [*moved, statistics[plain_kernels.KEPT :]])
-            by = fast_kernels if layout.has_channels_last(x) else plain_kernels
+            by = fast_kernels if has_channels_last(x) else plain_kernels
             y = plain_kernels.normalised(
-                layout.dense(x), *parameters, *kept[plain_kernels.KEPT :].reshape(2, -1)
+                dense(x), *parameters, *kept[plain_kernels.KEPT :].reshape(2, -1)
             )
             wanted, wanted_used = by.gated(y, theirs, other if teaches else [], hard, constant, *grid)
             numbers, wanted_numbers = (numbers_of[: plain_kernels.NUMBERS] for numbers_of in (used, wanted_used))
@@ -795,8 +796,8 @@ def test_a_norm_and_its_gate_are_the_norm_and_then_the_gate(
             )
             assert_all_identical(found, again)
             reached = by.gated_gradient(grad, y, used, hard, *ends).float()
-            sums = plain_kernels._norm_sums(reached, layout.dense(x), kept)
-            of_x = plain_kernels._norm_gradient(reached, layout.dense(x), parameters[0], kept, sums).to(dtype)
+            sums = plain_kernels._norm_sums(reached, dense(x), kept)
+            of_x = plain_kernels._norm_gradient(reached, dense(x), parameters[0], kept, sums).to(dtype)
             if bool(kept[plain_kernels.KEPT :].isfinite().all()) and bool(reached.isfinite().all()):
                 for ours, its, size in zip(found, (of_x, sums), sizes_of(reached, kept, parameters[0]), strict=True):
                     assert_near(ours, its, size)
@@ -877,7 +878,7 @@ def test_a_gelus_operator_is_the_module_behind_it(
     state, words, grid = fresh(spec.grid), scratch(), spec.grid
     for size, _, seed in batches:
         x = batch(shape, (size, False, seed), state[0], dtype, layout)
-        leaves = [t.clone().requires_grad_() for t in (x, layout.dense(x))]
+        leaves = [t.clone().requires_grad_() for t in (x, dense(x))]
         module._known = False
         outs = (
             operators.fake_quantize_gelu(leaves[0], state, words, module.constant, grid),
@@ -886,7 +887,7 @@ def test_a_gelus_operator_is_the_module_behind_it(
         torch.testing.assert_close(*outs, rtol=0.0, atol=0.0, equal_nan=True)
         assert_all_identical(state, module.state)
         grad = laid_out(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype), of_grad)
-        grads = grad, grad.contiguous(memory_format=layout.memory_format(outs[0]))
+        grads = grad, grad.contiguous(memory_format=memory_format(outs[0]))
         once, twice = [], []
         for out, leaf, grad in zip(outs, leaves, grads, strict=True):
             once += torch.autograd.grad(out, leaf, grad, retain_graph=True)
@@ -942,7 +943,7 @@ def test_a_sigmoids_operator_is_the_modules_around_it(
         words.append(scratch())
     for size, _, seed in batches:
         x = batch(shape, (size, False, seed), states[0][0], dtype, layout)
-        leaves = [t.clone().requires_grad_() for t in (x, layout.dense(x))]
+        leaves = [t.clone().requires_grad_() for t in (x, dense(x))]
         for module in modules:
             module._known = False
         outs = (
@@ -953,7 +954,7 @@ def test_a_sigmoids_operator_is_the_modules_around_it(
         for state, module in zip(states, modules, strict=True):
             assert_all_identical(state, module.state)
         grad = laid_out(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype), of_grad)
-        grads = grad, grad.contiguous(memory_format=layout.memory_format(outs[0]))
+        grads = grad, grad.contiguous(memory_format=memory_format(outs[0]))
         once, twice = [], []
         for out, leaf, grad in zip(outs, leaves, grads, strict=True):
             once += torch.autograd.grad(out, leaf, grad, retain_graph=True)
@@ -1119,7 +1120,7 @@ def test_the_gradient_for_compilers_is_the_kernels(dtype: torch.dtype, shape: tu
     grad = laid_out(torch.randn(shape, generator=generator).to(dtype), layout)
     mask = plain_kernels.packed(laid_out(torch.rand(shape, generator=generator) < 0.5, layout))
     wanted = plain_kernels.masked_gradient(grad, mask)
-    assert_identical(operators._traced_gradient(grad, mask, layout.memory_format(grad)), wanted)
+    assert_identical(gradients._traced_gradient(grad, mask, memory_format(grad)), wanted)
     assert_identical(torch.ops.eagerq.masked_gradient(grad, mask), wanted)
 
 
@@ -1284,15 +1285,17 @@ def _arguments(layout: str) -> dict[str, tuple[Any, ...]]:
         "batch_norm_gated_gradient": (torch.randn(3, 2, 4, 5), x().detach(), *affine, kept, used, True, 0, 255),
         "batch_norm_statistics": (x().detach(), *affine, *running, 0.1, 1e-5, *learns),
         "batch_norm_sums": (torch.randn(3, 2, 4, 5), x().detach(), *affine, kept, 0.0, None, 0, 255),
+        "quantizer_state": tuple(fresh(_GRID)),
+        "quantizer_state of channels": tuple(fresh(_WEIGHT, 3)),
         "fake_quantize_weight": (x(), *fresh(_WEIGHT, 3), *_WEIGHT, torch.float32),
         "fake_quantize_weight in bfloat16": (x(), *fresh(_WEIGHT, 3), *_WEIGHT, torch.bfloat16),
     }  # fmt: skip
-    below = {f"{name} below autograd": args for name, args in checked.items() if name in operators._WITH_BELOW}
+    below = {f"{name} below autograd": args for name, args in checked.items() if name in library.WITH_BELOW}
     return checked | {name: tuple(t.detach() if isinstance(t, Tensor) else t for t in args) for name, args in below.items()}
 
 
 def _operator(name: str) -> str:
-    return name.split()[0] + (operators.BELOW if name.endswith("below autograd") else "")
+    return name.split()[0] + (library.BELOW if name.endswith("below autograd") else "")
 
 
 def test_every_operator_is_checked() -> None:
@@ -1353,20 +1356,20 @@ def test_tracers_see_one_operator(mode: Any) -> None:
         kept = [t.clone() for t in args]
         graph = make_fx(function, tracing_mode=mode)(*args)
         called = [node.target for node in graph.graph.nodes if str(node.target).startswith("eagerq")]
-        assert called == [getattr(torch.ops.eagerq, name + operators.BELOW).default]
+        assert called == [getattr(torch.ops.eagerq, name + library.BELOW).default]
         assert_all_identical(args, kept)  # tracing teaches nothing
         assert_identical(graph(*args), function(*kept))
         assert_all_identical(args, kept)
 
 
 @pytest.mark.parametrize("trains", [True, False])
-def test_export_sees_one_operator(trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_sees_one_operator_at_most(trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast_kernels, "are_fast", lambda x: x.dtype in fast_kernels.DTYPES)
     module = FakeQuantize(QuantSpec())
     module(torch.randn(9))
     module.train(trains)
     program = torch.export.export(module, (torch.randn(9),))
     called = [node.target for node in program.graph.nodes if str(node.target).startswith("eagerq")]
-    assert called == [torch.ops.eagerq.fake_quantize_activation.default]
+    assert called == [torch.ops.eagerq.fake_quantize_activation.default] * trains  # else PyTorch's own functions do
     x, own = torch.randn(9), copy.deepcopy(module)
     assert_identical(program.module()(x), own(x))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import threading
+from pathlib import Path
 
 import pytest
 import timm
@@ -158,3 +161,86 @@ def test_switched_off_quantizers_are_not_deployed() -> None:
     qat.apply(eagerq.disable_fake_quant)
     with pytest.raises(StateError, match="fake quantization disabled"):
         eagerq.convert(qat)
+
+
+@pytest.mark.parametrize("buffers", [True, False])
+def test_an_average_of_weights_deploys_as_it_evaluates(buffers: bool) -> None:
+    """Its quantizers never observed: their buffers are another's."""
+    qat = qat_of(small(), images())
+    average = AveragedModel(qat, use_buffers=buffers)
+    for _ in range(3):
+        qat(images()).sum().backward()
+        average.update_parameters(qat)
+        if not buffers:
+            for mine, theirs in zip(average.module.buffers(), qat.buffers(), strict=True):
+                mine.copy_(theirs)
+    deployed = eagerq.convert(average.module)
+    assert torch.equal(deployed(images()), average.module.eval()(images()))
+    assert deployed.state_dict().keys() == eagerq.convert(qat).state_dict().keys()
+
+
+def test_a_model_whose_observers_agree_in_a_group_is_saved(tmp_path: Path) -> None:
+    """A process group cannot be written to a file."""
+    qat = qat_of(small(), images())
+    qat.apply(functools.partial(eagerq.enable_observer_sync, process_group=threading.Lock()))
+    torch.save(qat, tmp_path / "qat.pt")
+    loaded = torch.load(tmp_path / "qat.pt", weights_only=False)
+    observers = [m.ranks for m in loaded.modules() if isinstance(m, eagerq.quant.Observer)]
+    assert any(ranks is not None and ranks.group is None for ranks in observers)
+
+
+def test_a_report_knows_what_was_replaced_since() -> None:
+    qat = qat_of(small(), images())
+    name = next(n for n, m in qat.named_modules() if isinstance(m, nnqat.Linear))
+    assert name not in dict(eagerq.report(qat).left_float)
+    setattr(qat, name, nn.Linear(8 * 36, 3))
+    assert "replaced since" in dict(eagerq.report(qat).left_float)[name]
+    setattr(qat, name, nnqat.Linear(8 * 36, 3))
+    assert name not in dict(eagerq.report(qat).left_float)
+    delattr(qat, name)
+    assert "no longer" in dict(eagerq.report(qat).left_float)[name]
+
+
+def patches() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=3).train()
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_net_of_timm_is_watched_at_the_size_it_is_made_for(given: bool) -> None:
+    fused = eagerq.fuse_modules(patches(), example_inputs=torch.randn(2, 3, 32, 32) if given else None)
+    qat = eagerq.convert_qat(fused)
+    assert torch.isfinite(qat(torch.randn(2, 3, 32, 32))).all()
+
+
+def test_what_a_net_was_fused_with_counts_more_than_what_its_library_says() -> None:
+    x = torch.randn(3, 3, 40, 40)
+    fused = eagerq.fuse_modules(timm.create_model("resnet18", num_classes=3), example_inputs=x)
+    seen: list[torch.Size] = []
+    fused.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    eagerq.convert_qat(fused)
+    assert set(seen) == {x.shape}
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.LeakyReLU])
+@pytest.mark.parametrize("trains", [True, False])
+def test_transforms_of_torch_func_see_what_autograd_sees(trains: bool, act: type[nn.Module]) -> None:
+    """In training as far as nothing is learned: PyTorch's transforms take no writes to buffers."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 8)
+    qat = qat_of(nn.Sequential(nn.Linear(8, 8), act(), nn.Linear(8, 3)), x)
+    qat(x)
+    qat.apply(eagerq.disable_observer).train(trains)
+    named = dict(qat.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(qat, parameters, (x,)).square().sum()
+
+    wanted = torch.autograd.grad(qat(1.5 * x).square().sum(), [*named.values()])
+    assert any(grad.any() for grad in wanted)
+    torch.testing.assert_close([*torch.func.grad(loss)(named, 1.5 * x).values()], [*wanted])
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(named, 1.5 * x[:, None])
+    torch.testing.assert_close([grad.sum(0) for grad in each.values()], [*wanted])
+    torch.testing.assert_close(torch.func.vmap(qat)(x[:, None])[:, 0], qat(x))
+    compiled = torch.compile(torch.func.grad(loss), backend="aot_eager")
+    torch.testing.assert_close([*compiled(named, 1.5 * x).values()], [*wanted])

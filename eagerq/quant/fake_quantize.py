@@ -16,11 +16,12 @@ from eagerq.quant.functional import (
     fake_quantize,
     fake_quantize_on_cpu,
     float32,
+    is_transformed,
     quantization_params,
     scalar_params,
     traced_fake_quantize,
 )
-from eagerq.quant.layout import has_channels_last, rows_of
+from eagerq.quant.layout import has_channels_last, is_surely, rows_of
 from eagerq.quant.observer import Observer, QuantState, merged_scalars
 from eagerq.quant.plain_kernels import WORDS, State, state_before
 from eagerq.quant.settled import Settles
@@ -52,7 +53,8 @@ class FakeQuantize(Settles, FollowsEngine, QuantState):
 
     A forward that activation checkpointing runs again, in the backward, computes what the first did and learns nothing. It knows
     the state before the last batch only: where a module is checkpointed twice before one backward, the first of the two is
-    quantized again by the state of the second. ``torch.compile`` inside a checkpoint learns twice, as norms there do.
+    quantized again by the state of the second. ``torch.compile`` inside a checkpoint learns twice, as norms there do, and a
+    checkpoint inside what is compiled computes again by the state after the batch.
 
     Buffers, of their final shape from the start: ``scale`` and ``zero_point`` ``(1,)`` or ``(channels,)``,
     and the observer's; ``scratch`` (int32, in no state_dict), in which a kernel's programs meet.
@@ -143,7 +145,7 @@ class FakeQuantize(Settles, FollowsEngine, QuantState):
         """Whether there is a scale to quantize with."""
         if self.memoryless or self._known:
             return True
-        if torch.compiler.is_compiling() or self.scale.is_meta or type(known := self._range_known()) is not Tensor:
+        if not self._may_look() or type(known := self._range_known()) is not Tensor:
             return self.observed
         # an averaged copy of the model (EMA) got its buffers from another that observed
         ready = bool(known.any())
@@ -152,9 +154,13 @@ class FakeQuantize(Settles, FollowsEngine, QuantState):
         self.observed = self.observed or ready
         return ready
 
+    def _may_look(self) -> bool:
+        """Whether Python may decide by what buffers hold."""
+        return not (torch.compiler.is_compiling() or is_transformed() or self.scale.is_meta)
+
     def _unknown(self) -> Tensor | None:
         """Where a range may not be known yet, a tensor that says so; None where it is."""
-        if not (torch.compiler.is_compiling() or self.scale.is_meta) and (self._known or (self.is_ready() and self._known)):
+        if self._may_look() and (self._known or (self.is_ready() and self._known)):
             return None
         return self._range_known()
 
@@ -172,7 +178,7 @@ class FakeQuantize(Settles, FollowsEngine, QuantState):
         if self.profile is not None and not self.training and self.fake_quant_enabled and self.is_ready():
             return encode(x, self.spec, self.scale, self.zero_point, self.profile)
         if not self.learns:
-            if not self.fake_quant_enabled or not (torch.compiler.is_compiling() or self.is_ready()):
+            if not self.fake_quant_enabled or (self._may_look() and not self.is_ready()):
                 return x
             return self._quantized(x, self.scale, self.zero_point, self._unknown())
         if is_recomputing():
@@ -183,7 +189,11 @@ class FakeQuantize(Settles, FollowsEngine, QuantState):
         out = x
         if self.fake_quant_enabled:
             self._remember()
-            out = self._quantized(x, self.scale, self.zero_point, self._unknown())
+            if torch.compiler.is_compiling():
+                scale, zero_point, low, high = self._state_for(x)
+                out = self._quantized(x, scale, zero_point, (low != 0) | (high != 0))
+            else:
+                out = self._quantized(x, self.scale, self.zero_point, self._unknown())
         self.observe(x)
         return out
 
@@ -200,12 +210,11 @@ class FakeQuantize(Settles, FollowsEngine, QuantState):
             and self.channels is None
             and not self.memoryless
             and (self.training or self.profile is None)
-            and (
-                torch.compiler.is_compiling()
-                or (fast_kernels.are_fast(x) and self.has_kernels_state(x))
-                or self._is_fast_on_cpu(x)
-            )
+            and (torch.compiler.is_compiling() or (not is_transformed() and self._is_fast(x)))
         )
+
+    def _is_fast(self, x: Tensor) -> bool:
+        return (fast_kernels.are_fast(x) and self.has_kernels_state(x)) or self._is_fast_on_cpu(x)
 
     def has_kernels_state(self, x: Tensor) -> bool:
         """Whether the state is what kernels read, where x lies: they are given addresses."""
@@ -256,12 +265,12 @@ class FakeQuantize(Settles, FollowsEngine, QuantState):
     def _compilers_fuse(self, x: Tensor, bounds: Bounds) -> bool:
         """Whether to leave it to the compiler to fuse quantizer and observer with what is before and behind them.
 
-        Measured on convnext_tiny, where it is the faster form, and resnet50, where behind a ReLU it is the slower one. It takes
-        three launches more than the kernel, so small tensors lose by it.
+        What learns nothing is elementwise. What learns was measured: this is the faster form in convnext_tiny, and the slower one
+        behind the ReLUs of resnet50. It takes three launches more than the kernel, so small tensors lose by it.
         """
         if not (self.learns and fast_kernels.are_fast(x)):
             return True
-        return bounds == (None, None) and x.numel() >= FEWEST_FUSED and bool(rows_of(x))
+        return bounds == (None, None) and is_surely(x.numel() >= FEWEST_FUSED) and bool(rows_of(x))
 
     def of_norm(self, norm: nn.Module, x: Tensor, bounds: Bounds = (None, None)) -> Tensor | None:
         """What the forward makes of ``norm(x).clamp(*bounds)``, in the two passes that the norm takes; None where its kernels do
@@ -351,11 +360,18 @@ class FakeQuantize(Settles, FollowsEngine, QuantState):
         return out
 
     def _traced(self, x: Tensor, bounds: Bounds) -> Tensor:
-        scale, zero_point, spec = self.scale.reshape(()), self.zero_point.reshape(()), self.spec
-        out = traced_fake_quantize(x, scale, zero_point, spec.quant_min, spec.quant_max, self._range_known(), bounds)
+        spec, (scale, zero_point, low, high) = self.spec, (t.reshape(()) for t in self._state_for(x))
+        known = (low != 0) | (high != 0)
+        out = traced_fake_quantize(x, scale, zero_point, spec.quant_min, spec.quant_max, known, bounds)
         if self.learns:
             self.observe(x, bounds)
         return out
+
+    def _state_for(self, x: Tensor) -> State:
+        """What compiled code quantizes x by now: where a backward follows that asks for it, a copy."""
+        if self.learns and torch.is_grad_enabled() and x.requires_grad:
+            return operators.quantizer_state(self.state)
+        return self.state
 
     def _on_cpu(self, x: Tensor, bounds: Bounds) -> Tensor:
         spec, learns, again = self.spec, self.learns, self.learns and is_recomputing()
@@ -411,7 +427,8 @@ class FakeQuantize(Settles, FollowsEngine, QuantState):
         if learns:
             if not is_recomputing():  # else it has seen this weight
                 self.observe(x)
-            scale, zero_point = self.scale, self.zero_point
+            averaged = torch.compiler.is_compiling() and spec.observer != "min_max"  # else the backward asks for no scale
+            scale, zero_point, *_ = self._state_for(x) if averaged else self.state
         else:
             scale, zero_point = self.params_for(x)
         if not self.fake_quant_enabled:
@@ -427,6 +444,7 @@ class FakeQuantize(Settles, FollowsEngine, QuantState):
             and self.spec.observer == "min_max"
             and bool(x.numel())
             and fast_kernels.are_fast(x)
+            and not is_transformed()
         )
 
     def fixed_params(self, name: str) -> tuple[Tensor, Tensor]:

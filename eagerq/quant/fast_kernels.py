@@ -40,7 +40,9 @@ def is_plain(x: Tensor) -> bool:
     """Whether a kernel may be launched on x at once: the dispatcher takes longer than a small kernel."""
     if torch.compiler.is_compiling():
         return False
-    return x.is_cuda and type(x) in _PLAIN and not torch._C._len_torch_dispatch_stack()
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return x.is_cuda and type(x) in _PLAIN
 
 
 def is_tensor(x: Any) -> bool:

@@ -131,6 +131,30 @@ def _fresh(out: Tensor, dtype: torch.dtype) -> Tensor:
     return out if out.dtype == dtype else out.to(dtype)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` is at work, which takes no function with a gradient of its own as they are here."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _plainly(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, known: Tensor | None,
+    bounds: Bounds = (None, None), clips: bool = True,
+) -> Tensor:  # fmt: skip
+    """``fake_quantize`` of ``x.clamp(*bounds)`` in functions that ``torch.func`` knows."""
+    dtype = computing_dtype(x.dtype)
+    x = x if bounds == (None, None) else x.clamp(*bounds)
+    a, scale = x.detach().to(dtype), scale.to(dtype)
+    zero = 0 if zero_point is None else zero_point.to(dtype)
+    q = torch.round(a / scale) + zero
+    clipped = q.clamp(quant_min, quant_max)
+    inside, real = clipped == q, (clipped - zero) * scale
+    if known is not None:
+        inside, real = inside | ~known, torch.where(known, real, a)
+    passing = x - x.detach() if not clips else torch.where(inside & a.isfinite(), x - x.detach(), 0.0)
+    return real.to(x.dtype) + passing
+
+
 class _FakeQuantizeOnCpu(torch.autograd.Function):
     """``_FakeQuantize`` by one scale: the backward clamps as a hard tanh's does, since comparisons that make a mask take PyTorch
     longer on CPUs than all arithmetic here. A NaN's gradient passes."""
@@ -217,6 +241,8 @@ def fake_quantize(
         known: a bool tensor ``()``: where it is false, ``x`` and its gradient pass as they are.
         clips: whether codes can be clipped; False where the scale is that of ``x``'s own range, and the gradient passes whole.
     """
+    if is_transformed():
+        return _plainly(x, scale, zero_point, quant_min, quant_max, known, clips=clips)
     out: Tensor = _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max, known, clips)  # type: ignore[no-untyped-call]
     return out
 
@@ -225,6 +251,8 @@ def fake_quantize_on_cpu(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, bounds: Bounds = (None, None)
 ) -> Tensor:
     """``fake_quantize`` of ``x.clamp(*bounds)`` by one scale, both of one dtype, float32 or float64."""
+    if is_transformed():
+        return _plainly(x, scale, zero_point, quant_min, quant_max, None, bounds)
     out: Tensor = _FakeQuantizeOnCpu.apply(x, scale, zero_point, quant_min, quant_max, bounds)  # type: ignore[no-untyped-call]
     return out
 
@@ -232,8 +260,7 @@ def fake_quantize_on_cpu(
 class _TracedFakeQuantize(torch.autograd.Function):
     """``_FakeQuantize`` of a clamped x as one chain from x to the result and one from x to the gradient.
 
-    A compiler then keeps one mask at most, and writes no value that two of its kernels would read. While no range is known the
-    scale is so small that every value is its own code.
+    A compiler then keeps one mask at most, and writes no value that two of its kernels would read.
     """
 
     @staticmethod
@@ -241,19 +268,19 @@ class _TracedFakeQuantize(torch.autograd.Function):
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, known: Tensor, bounds: Bounds
     ) -> Tensor:
         dtype = computing_dtype(x.dtype)
-        scale = torch.where(known, scale.to(dtype), 2.0**-100 if dtype == torch.float32 else 2.0**-600)
-        middle = torch.where(known, (quant_min + quant_max) / 2 - zero_point.to(dtype), 0.0)
-        reach = torch.where(known, torch.full_like(scale, (quant_max - quant_min) / 2), torch.finfo(dtype).max)
-        ctx.save_for_backward(x, scale, middle, reach)
-        ctx.bounds = bounds
+        scale, zero_point = scale.to(dtype), zero_point.to(dtype)
+        ctx.save_for_backward(x, scale, zero_point, known)
+        ctx.ends, ctx.bounds = (quant_min, quant_max), bounds
         a = (x if bounds == (None, None) else x.clamp(*bounds)).to(dtype)
-        return _fresh(torch.clamp(torch.round(a / scale), middle - reach, middle + reach) * scale, x.dtype)
+        q = torch.clamp(torch.round(a / scale), quant_min - zero_point, quant_max - zero_point)
+        return _fresh(torch.where(known, q * scale, a), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, scale, middle, reach = ctx.saved_tensors
-        low, high = ctx.bounds
-        inside = (torch.round(x.to(scale.dtype) / scale) - middle).abs() <= reach
+        x, scale, zero_point, known = ctx.saved_tensors
+        (least, greatest), (low, high) = ctx.ends, ctx.bounds
+        q = torch.round(x.to(scale.dtype) / scale)
+        inside = ((q >= least - zero_point) & (q <= greatest - zero_point)) | ~known
         if low is not None:
             inside = inside & (x > low)
         if high is not None:
@@ -264,7 +291,9 @@ class _TracedFakeQuantize(torch.autograd.Function):
 def traced_fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, known: Tensor, bounds: Bounds = (None, None)
 ) -> Tensor:
-    """``fake_quantize`` of ``x.clamp(*bounds)`` for compilers; while ``known`` is false, values beyond :math:`2^{27}` clip."""
+    """``fake_quantize`` of ``x.clamp(*bounds)`` by one scale, for compilers."""
+    if is_transformed():
+        return _plainly(x, scale, zero_point, quant_min, quant_max, known, bounds)
     out: Tensor = _TracedFakeQuantize.apply(x, scale, zero_point, quant_min, quant_max, known, bounds)  # type: ignore[no-untyped-call]
     return out
 
@@ -285,5 +314,7 @@ def straight_through(real: Tensor, quantized: Tensor) -> Tensor:
     """``quantized`` with the gradient of ``real``, both of one shape."""
     if real is quantized or not (torch.is_grad_enabled() and real.requires_grad):
         return quantized
+    if is_transformed():
+        return quantized.detach() + (real - real.detach())
     out: Tensor = _StraightThrough.apply(real, quantized)  # type: ignore[no-untyped-call]
     return out

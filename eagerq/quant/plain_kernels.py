@@ -53,6 +53,11 @@ def held(bound: float | None, dtype: torch.dtype) -> float | None:
     return None if bound is None else float(torch.tensor(bound, dtype=dtype))
 
 
+def quantizer_state(scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor) -> Tensor:
+    """The four in the scale's dtype, ``(4, n)``."""
+    return torch.cat([t.reshape(-1).to(scale.dtype) for t in (scale, zero_point, min_val, max_val)]).view(4, -1)
+
+
 def mask_like(x: Tensor, needs_mask: bool) -> Tensor:
     """Memory of a mask: a bit a value, or nothing."""
     return torch.empty((x.numel() + 7) // 8 if needs_mask else 0, dtype=torch.uint8, device=x.device)

@@ -15,6 +15,7 @@ from eagerq.quant.code_functions import hardsigmoid_sum
 from eagerq.quant.code_values import Coded
 from eagerq.quant.codes import CodeTensor
 from eagerq.quant.fake_quantize import FakeQuantize, is_recomputing
+from eagerq.quant.functional import is_transformed
 from eagerq.quant.layout import has_channels_last
 from eagerq.quant.operators import (
     Call,
@@ -94,6 +95,8 @@ class SplitActivation(nn.Module):
             return CodeTensor(hardsigmoid_sum(x.value))
         if self.sums and torch.onnx.is_in_onnx_export():  # by its name, whatever the library calls it
             return F.hardsigmoid(x)
+        if function is F.hardsigmoid and is_transformed():  # whose gradients have gradients, which PyTorch's own has not
+            return F.relu6(x + 3) / 6
         return function(x)
 
     def in_one_pass(self, x: Tensor, quantizer: nn.Module | None) -> Tensor | None:
