@@ -12,8 +12,12 @@ _CHANNELS_LAST = {2: torch.contiguous_format, 4: torch.channels_last, 5: torch.c
 
 
 def is_surely(condition: bool) -> bool:
-    """Whether a condition holds, of sizes that compilers hold open too, whatever they will be."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # which takes a third of a second to import
+    """Whether a condition holds, of sizes that compilers hold open too, whatever they will be.
+
+    It asks the compiler that is at work and traces nothing. PyTorch has no other name for it, and a plain comparison would pin
+    the sizes down. It is imported late, since that takes a third of a second.
+    """
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(condition)
 
