@@ -251,6 +251,7 @@ CHANNELS_LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
         ((2, 1 << 19), CONTIGUOUS, (None, None), True, True),
         ((8, 64, 64, 64), CHANNELS_LAST, (0.0, None), True, False),
         ((8, 64, 64, 64), CHANNELS_LAST, (0.0, 6.0), False, True),
+        ((2, 64, 64, 64), CHANNELS_LAST, (None, None), True, True),
         ((64, 16, 64, 64), CHANNELS_LAST, (None, None), True, False),
         ((64, 16, 64, 64), CHANNELS_LAST, (None, None), False, True),
         ((8, 64, 8, 8), CHANNELS_LAST, (None, None), True, False),
@@ -354,6 +355,14 @@ def test_open_sizes_stay_open(form: str) -> None:
         compiled(torch.randn(batch, 640, 3))
         compiled(torch.randn(batch, 5, 7, 40).permute(0, 3, 1, 2))
     assert counter.frame_count <= 2, "one for each number of axes"
+
+
+@in_each_form
+def test_an_export_in_training_holds_the_batch_open(form: str) -> None:
+    quantizer = FakeQuantize(QuantSpec())
+    x = torch.randn(8, 64)
+    program = torch.export.export(quantizer, (x,), dynamic_shapes=({0: torch.export.Dim("batch", max=1 << 20)},))
+    assert program.module()(x[:3]).shape == (3, 64)
 
 
 class Pair:

@@ -11,17 +11,6 @@ FEWEST_IN_ROW = 32
 _CHANNELS_LAST = {2: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def is_surely(condition: bool) -> bool:
-    """Whether a condition holds, of sizes that compilers hold open too, whatever they will be.
-
-    It asks the compiler that is at work and traces nothing. PyTorch has no other name for it, and a plain comparison would pin
-    the sizes down. It is imported late, since that takes a third of a second.
-    """
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return statically_known_true(condition)
-
-
 def memory_format(x: Tensor) -> torch.memory_format:
     """The format in which ``x`` lies without gaps, or to which it must be copied."""
     if not x.is_contiguous():
@@ -44,14 +33,14 @@ def dense(x: Tensor) -> Tensor:
 
 
 def rows_of(x: Tensor) -> list[int]:
-    """The fewest innermost axes, but not all, whose values lie side by side and are ``FEWEST_IN_ROW`` or more; none where there
-    are no such. Sizes that compilers hold open count for nothing, so that they stay open."""
+    """The fewest innermost axes, but not the first, whose values lie side by side and are ``FEWEST_IN_ROW`` or more; none where
+    there are no such. It asks nothing of the first axis, so that compilers may hold the size of a batch open."""
     if x.is_contiguous():
         inner = 1
-        for axis in reversed(range(x.dim())):
+        for axis in range(x.dim() - 1, 0, -1):
             inner *= x.shape[axis]
-            if is_surely(inner >= FEWEST_IN_ROW):
-                return [*range(axis, x.dim())] if axis else []
-    elif has_channels_last(x) and is_surely(x.shape[1] >= FEWEST_IN_ROW):
+            if inner >= FEWEST_IN_ROW:
+                return [*range(axis, x.dim())]
+    elif has_channels_last(x) and x.shape[1] >= FEWEST_IN_ROW:
         return [1]
     return []
