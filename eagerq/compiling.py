@@ -24,7 +24,9 @@ _STRUCTURE = frozenset(
     }
 )
 _LIBRARIES = ("eagerq.", "torch.nn.")
-_ENDS = re.compile(r"[.\[]|$")
+_ENDS = re.compile(r"[.\[)]|$")
+#: Of a module's class PyTorch 2.11 asks in another form: ``dict(type(module).__mro__[0].__dict__)``.
+_OF_CLASS = re.compile(r"^(?:dict\()?type\(")
 
 
 def guard_filter(guards: Sequence[Any]) -> list[bool]:
@@ -60,6 +62,7 @@ def _is_structural(guard: Any) -> bool:
 
 def _is_ours(name: str, modules: dict[str, nn.Module]) -> bool:
     """Whether a source is what a QAT module holds, and no module of the user's own, or what such a one holds."""
+    name = _OF_CLASS.sub("", name)
     holders = [modules[path] for end in _ENDS.finditer(name) if (path := name[: end.start()]) in modules]
     qat = any(isinstance(module, (QATBase, FakeQuantize)) for module in holders)
     return qat and str(type(holders[-1]).__module__).startswith(_LIBRARIES)
