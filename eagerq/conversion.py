@@ -25,7 +25,16 @@ from eagerq.placement import Quantizable, Site, place, place_at_inputs
 from eagerq.quant.fake_quantize import FakeQuantize, disable_fake_quant
 from eagerq.quant.spec import QConfigMapping, Rule, selects
 from eagerq.record import Record, full_name, renamed_keys
-from eagerq.surgery import all_or_nothing, computed_tensor, full_copy, meta_copy, names_of, own_method, replace_modules
+from eagerq.surgery import (
+    all_or_nothing,
+    computed_tensor,
+    full_copy,
+    is_parametrized,
+    meta_copy,
+    names_of,
+    own_method,
+    replace_modules,
+)
 from eagerq.trace import Trace
 
 #: Functions that would be quantized if a module held them; named in the report.
@@ -98,6 +107,8 @@ class Conversion:
 
     def _refusal(self, module: nn.Module) -> str | None:
         for part in module.modules():
+            if is_parametrized(part):
+                return f"its {type_name(type(part))} carries a parametrization; remove that first (remove_parametrizations)"
             computed, method = computed_tensor(part), own_method(part)
             if computed is not None:
                 return f"its {computed} is computed before each forward (weight_norm, spectral_norm, pruning); remove that first"

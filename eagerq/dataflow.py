@@ -70,6 +70,12 @@ def watch(model: nn.Module, runs: Sequence[Inputs], is_leaf: Callable[[nn.Module
     watched = tuple(runs[i] for i in positions.values())
     traces, failures = watch_copy(meta_copy(model), watched, is_leaf, modes, on_meta=True, original=model)
     if failures or any(trace.unlike_data for trace in traces):  # what fails on meta may still run on data
+        if not all(run.have_data() for run in runs) and not any(tensor.is_meta for tensor in state_tensors(model)):
+            why = next((f"raises {failure}" for failure in failures.values()), "asks for values or devices")
+            raise InputsError(
+                f"{type(model).__name__} was to run on example inputs with data, since without any it {why}; found tensors on the"
+                " meta device, as which a fused model remembers those it was fused with. Pass example_inputs."
+            )
         on_meta = False
         watched, positions = tuple(runs), dict(enumerate(range(len(runs))))
         traces, failures = watch_copy(full_copy(model), watched, is_leaf, modes, on_meta=False, original=model)

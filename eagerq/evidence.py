@@ -16,7 +16,7 @@ from eagerq.nn.modules.batchnorm import NORMS_1D, NORMS_2D, NORMS_3D, is_foldabl
 from eagerq.nn.modules.hooks import POST_HOOKS, PRE_HOOKS
 from eagerq.nn.qat.base import QATBase
 from eagerq.patterns import Patterns
-from eagerq.surgery import computed_tensor, names_of, own_method
+from eagerq.surgery import computed_tensor, is_parametrized, names_of, own_method
 from eagerq.trace import Trace, upwards
 
 NORMS = frozenset((*NORMS_1D, *NORMS_2D, *NORMS_3D))
@@ -96,7 +96,7 @@ class Evidence:
         module = self.modules[name]
         shared = self.names[module]
         idempotent = all(t in IDEMPOTENT for t in self.types[name]) and not first
-        if type(module).__module__ == "torch.nn.utils.parametrize" or getattr(module, "parametrizations", None):
+        if is_parametrized(module):
             return f"{name} {PARAMETRIZED}"
         computed, method = computed_tensor(module), own_method(module)
         if computed is not None:

@@ -33,6 +33,11 @@ class Inputs:
             args, kwargs = copy.deepcopy((self.args, self.kwargs))
         return Inputs(args, kwargs)
 
+    def have_data(self) -> bool:
+        """Whether no tensor among them is on the meta device."""
+        leaves = torch.utils._pytree.tree_leaves((self.args, self.kwargs))
+        return not any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves)
+
     def form(self) -> Hashable:
         """Equal for inputs that differ in the values of tensors only."""
         return _form((self.args, self.kwargs))

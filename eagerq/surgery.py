@@ -94,6 +94,11 @@ def computed_tensor(module: nn.Module) -> str | None:
     return next((k for k in ("weight", "bias") if k in vars(module)), None)
 
 
+def is_parametrized(module: nn.Module) -> bool:
+    """Whether it carries parametrizations of ``torch.nn.utils.parametrize``."""
+    return type(module).__module__ == "torch.nn.utils.parametrize" or bool(getattr(module, "parametrizations", None))
+
+
 def state_tensors(model: nn.Module) -> Iterator[Tensor]:
     """All parameters and buffers."""
     yield from model.parameters()

@@ -24,7 +24,7 @@ from eagerq.planner import Planner
 from eagerq.quant.fake_quantize import FakeQuantize
 from eagerq.quant.spec import QConfigLike, QConfigMapping, Rule, as_mapping
 from eagerq.record import Record, record_of
-from eagerq.surgery import all_or_nothing, full_copy, replace_modules
+from eagerq.surgery import all_or_nothing, computed_tensor, full_copy, replace_modules
 from eagerq.tables import table
 
 
@@ -212,6 +212,12 @@ def _deployed(target: nn.Module) -> nn.Module:
     new: dict[nn.Module, nn.Module] = {}
     for name, module in target.named_modules():
         if isinstance(module, QATOp):
+            computed = next(filter(None, map(computed_tensor, module.modules())), None)
+            if computed is not None:
+                raise StateError(
+                    f"{name} was to hold one {computed}, but computes it before each forward (pruning, weight_norm,"
+                    " spectral_norm); make that permanent first, as torch.nn.utils.prune.remove does."
+                )
             if not module.is_deployable():
                 raise StateError(
                     f"{name} has a norm without running statistics, which cannot be folded; use track_running_stats=True."

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import eagerq
-from eagerq.errors import StateError
+from eagerq.errors import ExportError, InputsError, StateError
 from eagerq.nn import intrinsic as nni
 from eagerq.nn import qat as nnqat
 
@@ -31,6 +34,10 @@ def images(n: int = 4) -> Tensor:
 
 def qat_of(model: nn.Module, x: Tensor) -> nn.Module:
     return eagerq.convert_qat(eagerq.fuse_modules(model, example_inputs=x), example_inputs=x)
+
+
+def prune_half(module: nn.Module) -> nn.Module:
+    return prune.l1_unstructured(module, "weight", 0.5)
 
 
 def test_an_average_of_weights_holds_finite_ranges() -> None:
@@ -244,3 +251,83 @@ def test_transforms_of_torch_func_see_what_autograd_sees(trains: bool, act: type
     torch.testing.assert_close(torch.func.vmap(qat)(x[:, None])[:, 0], qat(x))
     compiled = torch.compile(torch.func.grad(loss), backend="aot_eager")
     torch.testing.assert_close([*compiled(named, 1.5 * x).values()], [*wanted])
+
+
+@pytest.mark.parametrize("way", ["to_empty", "reset_parameters"])
+def test_memory_that_nobody_wrote_holds_no_ranges(way: str) -> None:
+    """Built on the meta device, given memory and a float checkpoint, quantizers are fresh: whatever the memory held."""
+    source = small()
+    with torch.device("meta"):
+        qat = qat_of(small(), images())
+    qat.to_empty(device="cpu")
+    if way == "reset_parameters":
+        for buffer in qat.buffers():
+            buffer.fill_(77)
+        for module in qat.modules():
+            if callable(getattr(module, "reset_parameters", None)):
+                module.reset_parameters()
+    qat.load_state_dict(source.state_dict())
+    fresh = qat_of(source, images())
+    assert qat.state_dict().keys() == fresh.state_dict().keys()
+    torch.testing.assert_close(dict(qat.named_buffers()), dict(fresh.named_buffers()), rtol=0.0, atol=0.0)
+    assert torch.equal(qat.eval()(images()), fresh.eval()(images()))
+    for model in (qat.train(), fresh.train()):
+        model(images())
+    torch.testing.assert_close(dict(qat.named_buffers()), dict(fresh.named_buffers()), rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("computes", [prune_half, torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm])
+def test_a_weight_that_a_hook_computes_is_not_deployed(computes: Callable[[nn.Module], nn.Module]) -> None:
+    qat = qat_of(small(), images())
+    qat(images())
+    name = next(n for n, m in qat.named_modules() if isinstance(m, nnqat.Linear))
+    computes(qat.get_submodule(name))
+    qat(images()).sum().backward()
+    state = {key: value.clone() for key, value in qat.state_dict().items()}
+    with pytest.raises(StateError, match=rf"{name} was to hold one weight.*prune\.remove"):
+        eagerq.convert(qat, inplace=True)
+    torch.testing.assert_close(dict(qat.state_dict()), state, rtol=0.0, atol=0.0)
+    if computes is prune_half:
+        prune.remove(qat.get_submodule(name), "weight")
+        assert torch.equal(eagerq.convert(qat)(images()), qat.eval()(images()))
+
+
+def test_what_asks_for_data_is_told_when_the_remembered_inputs_hold_none() -> None:
+    fused = eagerq.fuse_modules(small(), example_inputs=images())
+    means: list[float] = []
+    fused[0].register_forward_hook(lambda module, args, out: means.append(out.mean().item()))
+    with pytest.raises(InputsError, match=r"example inputs with data.*Pass example_inputs"):
+        eagerq.convert_qat(fused)
+    assert torch.isfinite(eagerq.convert_qat(fused, example_inputs=images())(images())).all()
+
+
+def test_a_parametrized_part_of_a_fused_module_keeps_that_float() -> None:
+    fused = eagerq.fuse_modules(small(), example_inputs=images())
+    chain, linear = fused[0], fused[4]
+    parametrizations.weight_norm(chain[0])
+    qat = eagerq.convert_qat(fused, example_inputs=images())
+    assert "parametrization" in dict(eagerq.report(qat).left_float)["0"]
+    assert type(qat[0]) is type(chain) and type(linear) is nn.Linear and type(qat[4]) is nnqat.Linear
+    assert torch.isfinite(qat(images())).all()
+
+
+@dataclasses.dataclass
+class Logits:
+    logits: Tensor
+
+
+class Wrapping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = small()
+
+    def forward(self, x: Tensor) -> Logits:
+        return Logits(self.net(x))
+
+
+def test_an_export_that_fails_says_why(tmp_path: Path) -> None:
+    qat = qat_of(Wrapping(), images())
+    qat(images())
+    with pytest.raises(ExportError, match=r"not a known type.*register_dataclass") as caught:
+        eagerq.export_onnx(eagerq.convert(qat), tmp_path / "wrapping.onnx", images())
+    assert "\x1b" not in str(caught.value) and "control flow" not in str(caught.value)

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import io
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -163,13 +164,21 @@ def _exported(model: nn.Module, run: Inputs, opset: int) -> Any:
             )
         return program.model_proto  # type: ignore[union-attr]
     except Exception as error:
-        text = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ExportError(
-            f"torch.export could not capture {type(model).__name__}: {text}"
-            " A model with control flow on tensor values has no ONNX graph; export the part that has none."
-        ) from error
+        raise ExportError(f"torch.export could not capture {type(model).__name__}: {_reason(error)}") from error
     finally:
         model.train(was_training)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what an exporter's error goes back to, and what to do about the usual ones."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = re.sub(r"\x1b\[[0-9;]*m", "", f"{type(error).__name__}: {error}".splitlines()[0])
+    if "data-dependent" in text:
+        return f"{text} A model with control flow on tensor values has no ONNX graph; export the part that has none."
+    if "not a known type" in text:
+        return f"{text} Give tensors, tuples or dicts, or make the type known by torch.export.register_dataclass."
+    return text
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The fake quantizer: observes in training, quantizes always."""
+"""The fake quantizer: observes in training, quantizes always; in one pass where a kernel or a compiler makes it one."""
 
 from __future__ import annotations
 
@@ -8,25 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eagerq.errors import StateError
 from eagerq.quant import fast_kernels, operators
 from eagerq.quant.codes import encode
-from eagerq.quant.engine import FollowsEngine
 from eagerq.quant.functional import (
     Bounds,
     fake_quantize,
     fake_quantize_on_cpu,
     float32,
     is_transformed,
-    quantization_params,
     scalar_params,
     traced_fake_quantize,
 )
 from eagerq.quant.layout import has_channels_last, rows_of
-from eagerq.quant.observer import Observer, QuantState, merged_scalars
-from eagerq.quant.plain_kernels import WORDS, State, state_before
+from eagerq.quant.observer import merged_scalars
+from eagerq.quant.plain_kernels import State, state_before
+from eagerq.quant.quantizer import Quantizer
 from eagerq.quant.settled import Settles
-from eagerq.quant.spec import QuantSpec
 
 #: Values of the least sample of a batch whose quantizer and observer are left to compilers on CUDA; batches of 128 were measured.
 FEWEST_FUSED = 2**13
@@ -37,7 +34,7 @@ def is_recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-class FakeQuantize(Settles, FollowsEngine, QuantState):
+class FakeQuantize(Settles, Quantizer):
     r"""Replaces each value by the real value of its code (see ``functional.fake_quantize``).
 
     In training an activation is quantized by the scale known before the batch, and its range learns from the batch in
@@ -62,108 +59,6 @@ class FakeQuantize(Settles, FollowsEngine, QuantState):
     ``fake_quant_enabled`` and ``observer_enabled`` are Python bools (torch.compile guards on them) which the state_dict
     holds under torch.ao's keys.
     """
-
-    scale: Tensor
-    zero_point: Tensor
-    scratch: Tensor
-    #: What the last batch was quantized by.
-    _before: State | None = None
-    _before_was_fast = False
-    #: That the buffers hold a range, once seen: looking waits for the device.
-    _known = False
-
-    def __init__(
-        self, spec: QuantSpec, channels: int | None = None, axis: int = 0, *, memoryless: bool = False, device: Any = None
-    ) -> None:
-        super().__init__()
-        self.spec = spec
-        self._grid = spec.grid
-        self.axis = axis
-        self.channels = channels
-        self.memoryless = memoryless
-        self.fake_quant_enabled = True
-        self.observer_enabled = True
-        self.observed = False
-        self.activation_post_process = Observer(spec, channels, axis, memoryless=memoryless, device=device)
-        size = channels or 1
-        self.register_buffer("scale", torch.ones(size, device=device))
-        self.register_buffer(
-            "zero_point", torch.full((size,), spec.fixed_zero_point if spec.symmetric else 0, dtype=torch.int32, device=device)
-        )
-        if channels is None and not memoryless:
-            self.register_buffer("scratch", torch.zeros(WORDS, dtype=torch.int32, device=device), persistent=False)
-
-    def along_axis(self, values: Tensor, ndim: int) -> Tensor:
-        """A ``(1,)`` or ``(channels,)`` tensor, shaped to broadcast over a tensor of ``ndim`` axes."""
-        if self.channels is None:
-            return values.reshape(())
-        shape = [1] * ndim
-        shape[self.axis] = -1
-        return values.reshape(shape)
-
-    def params_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point that quantize ``x`` in eval; ``(1,)`` or ``(channels,)``."""
-        if self.memoryless and (self.observer_enabled or not self.observed):
-            observer = self.activation_post_process
-            with torch.no_grad():
-                scale, zero_point = quantization_params(self.spec, *observer.merged(*observer.batch_range(x)))
-            return scale.reshape(self.scale.shape), zero_point.reshape(self.zero_point.shape)
-        return self.scale, self.zero_point
-
-    @torch.no_grad()
-    def observe(self, x: Tensor, bounds: Bounds = (None, None)) -> None:
-        """Update the range, scale and zero point from ``x.clamp(*bounds)``; an empty tensor teaches nothing."""
-        observer = self.activation_post_process
-        if not x.numel() and observer.others() is None:
-            return
-        observer(x.detach(), bounds)
-        self.take_range()
-        if x.numel():
-            self._note_observed()
-
-    @torch.no_grad()
-    def take_range(self) -> None:
-        """Set scale and zero point to those of the observer's range."""
-        observer = self.activation_post_process
-        scale, zero_point = quantization_params(self.spec, observer.min_val, observer.max_val)
-        if not self.memoryless:  # without a range the scale stays as it was; a weight of zeros has the least scale
-            known = (observer.min_val != 0) | (observer.max_val != 0)
-            scale = torch.where(known, scale, self.scale.reshape(scale.shape))
-            zero_point = torch.where(known, zero_point, self.zero_point.reshape(scale.shape))
-        self.scale.copy_(scale.reshape(self.scale.shape))
-        self.zero_point.copy_(zero_point.reshape(self.zero_point.shape))
-
-    def _range_known(self) -> Tensor:
-        """Where a range was learned: ``()`` or ``(channels,)``."""
-        observer = self.activation_post_process
-        return (observer.min_val != 0) | (observer.max_val != 0)
-
-    def has_range(self) -> bool:
-        """Whether the buffers hold an observed range; reads them, so it waits for the device."""
-        return bool(self._range_known().any())
-
-    def is_ready(self) -> bool:
-        """Whether there is a scale to quantize with."""
-        if self.memoryless or self._known:
-            return True
-        if not self._may_look() or type(known := self._range_known()) is not Tensor:
-            return self.observed
-        # an averaged copy of the model (EMA) got its buffers from another that observed
-        ready = bool(known.any())
-        # a moving average of the newest batch alone forgets its range in a batch of zeros
-        self._known = ready and self.spec.averaging_constant < 1.0 and bool(known.all())
-        self.observed = self.observed or ready
-        return ready
-
-    def _may_look(self) -> bool:
-        """Whether Python may decide by what buffers hold."""
-        return not (torch.compiler.is_compiling() or is_transformed() or self.scale.is_meta)
-
-    def _unknown(self) -> Tensor | None:
-        """Where a range may not be known yet, a tensor that says so; None where it is."""
-        if self._may_look() and (self._known or (self.is_ready() and self._known)):
-            return None
-        return self._range_known()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.memoryless:
@@ -230,11 +125,6 @@ class FakeQuantize(Settles, FollowsEngine, QuantState):
         return self._known or (self.is_ready() and self._known)
 
     @property
-    def learns(self) -> bool:
-        """Whether a forward teaches the observer."""
-        return self.training and self.observer_enabled
-
-    @property
     def _keeps_ends(self) -> bool:
         """Whether the range is one of least and greatest values."""
         return self.spec.observer in ("min_max", "moving_average")
@@ -244,18 +134,6 @@ class FakeQuantize(Settles, FollowsEngine, QuantState):
         """Whether the observer needs the least and greatest value of this process's batch, and no more."""
         observer: Any = self._modules["activation_post_process"]
         return self._keeps_ends and (observer.ranks is None or observer.others() is None)
-
-    @property
-    def state(self) -> State:
-        """What operators read and write."""
-        own, observers = self._buffers, self._modules["activation_post_process"]._buffers  # type: ignore[union-attr]
-        # of the dicts themselves: nn.Module looks attributes up four times as long
-        return own["scale"], own["zero_point"], observers["min_val"], observers["max_val"]  # type: ignore[return-value]
-
-    @property
-    def constant(self) -> float | None:
-        """Of the moving average; None takes the least and greatest of all batches."""
-        return None if self.spec.observer == "min_max" else self.spec.averaging_constant
 
     def of_activation(self, x: Tensor, bounds: Bounds = (None, None)) -> Tensor:
         """What the forward makes of ``x.clamp(*bounds)``, in one pass; for where ``is_one_pass``."""
@@ -403,21 +281,6 @@ class FakeQuantize(Settles, FollowsEngine, QuantState):
             zero_point.fill_(new_zero)
         self._note_observed()
 
-    def _note_observed(self) -> None:
-        if torch.compiler.is_compiling() or not self.observed:  # compiled code is not to look, or it is compiled twice
-            self.observed = True
-
-    @torch.no_grad()
-    def _remember(self) -> None:
-        """Keep what this batch is quantized by, for a forward that is computed again in the backward."""
-        if not torch.compiler.is_compiling():
-            scale, zero_point, low, high = self.state
-            self._before = scale.clone(), zero_point.clone(), low.clone(), high.clone()
-            self._before_was_fast = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_before": None}
-
     def of_weight(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """``x`` quantized by its own range, in ``dtype`` (``x``'s own if None)."""
         spec = self.spec
@@ -448,46 +311,6 @@ class FakeQuantize(Settles, FollowsEngine, QuantState):
             and not is_transformed()
         )
 
-    def fixed_params(self, name: str) -> tuple[Tensor, Tensor]:
-        """Scale and zero point for deployment.
-
-        Args:
-            name: full name of this quantizer, for the error's text.
-
-        Raises:
-            StateError: if nothing was observed, or only zeros, NaN or infinity.
-        """
-        remedy = (
-            "run training steps on representative data with observers enabled, then convert. Where the model itself makes it"
-            " always zero (the first queries of a decoder), keep the module that reads it float by a qconfig rule of None."
-        )
-        if not self.has_range():
-            seen = "only zeros, NaN or infinity" if self.observed else "nothing"
-            raise StateError(f"{name} was to hold an observed range, but its observer saw {seen}; {remedy}")
-        return self.scale, self.zero_point
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for flag in ("fake_quant_enabled", "observer_enabled"):
-            destination[prefix + flag] = torch.tensor([getattr(self, flag)], dtype=torch.uint8)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for flag in ("fake_quant_enabled", "observer_enabled"):
-            value = state_dict.pop(prefix + flag, None)
-            if value is not None:
-                setattr(self, flag, bool(torch.as_tensor(value).any()))
-        self._fit_checkpoint(state_dict, prefix, {"scale": 1.0, "zero_point": 0})
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if "scratch" in self._buffers:  # no checkpoint holds it, and a model built without memory (to_empty) never wrote it
-            self.scratch = torch.zeros(WORDS, dtype=torch.int32, device=self.scale.device)
-        loaded = [state_dict.get(f"{prefix}activation_post_process.{name}") for name in ("min_val", "max_val")]
-        if all(isinstance(value, Tensor) for value in loaded):
-            self._known = False
-            self.observed = any(bool((torch.isfinite(value) & (value != 0)).any()) for value in loaded if value is not None)
-
-    def extra_repr(self) -> str:
-        off = [f for f in ("fake_quant_enabled", "observer_enabled") if not getattr(self, f)]
-        return str(self.spec) + "".join(f", {f}=False" for f in off)
 
 
 def enable_observer(module: nn.Module) -> None:

@@ -27,7 +27,13 @@ class QuantState(nn.Module):
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype in (torch.float16, torch.bfloat16):
                 self._buffers[name] = old.to(device=new.device, dtype=torch.float32)
+        pairs = [(old, self._buffers[name]) for name, old in before.items()]
+        if any(old is not None and new is not None and old.is_meta and not new.is_meta for old, new in pairs):
+            self.reset_parameters()  # of to_empty: nobody wrote this memory, and a float checkpoint will not
         return self
+
+    def reset_parameters(self) -> None:
+        """Forget what was learned."""
 
     def _fit_checkpoint(self, state_dict: dict[str, Any], prefix: str, unset: dict[str, float]) -> None:
         """Give each checkpoint entry this module's shape: torch.ao stores () , (1,) or nothing before it observes."""
@@ -85,6 +91,12 @@ class Observer(QuantState):
         shape = () if channels is None else (channels,)
         self.register_buffer("min_val", torch.zeros(shape, device=device))
         self.register_buffer("max_val", torch.zeros(shape, device=device))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Forget every batch: no range is known."""
+        self.min_val.zero_()
+        self.max_val.zero_()
 
     def others(self) -> Ranks | None:
         """The ranks to agree with in each batch; None if alone or not asked to."""
