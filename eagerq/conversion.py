@@ -138,7 +138,8 @@ class Conversion:
             watched = watch(self.model, runs, is_leaf, (Mode(False),))
         except InputsError:
             watched = watch(self.model, runs, is_leaf, (Mode(True),))
-            self.notes.append("watched in train mode, since the model does not run in eval mode on these inputs")
+            without = "" if all(run.have_data() for run in runs) else ", which hold no data: pass example_inputs if that is why"
+            self.notes.append(f"watched in train mode, since the model does not run in eval mode on these inputs{without}")
         for name in list(self.quantizable):
             if not any(trace.counts[name] for trace in watched.traces):
                 self.why_float[name] = "it did not run in the watched forward"

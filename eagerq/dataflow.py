@@ -70,18 +70,17 @@ def watch(model: nn.Module, runs: Sequence[Inputs], is_leaf: Callable[[nn.Module
     watched = tuple(runs[i] for i in positions.values())
     traces, failures = watch_copy(meta_copy(model), watched, is_leaf, modes, on_meta=True, original=model)
     if failures or any(trace.unlike_data for trace in traces):  # what fails on meta may still run on data
-        if not all(run.have_data() for run in runs) and not any(tensor.is_meta for tensor in state_tensors(model)):
-            why = next((f"raises {failure}" for failure in failures.values()), "asks for values or devices")
-            raise InputsError(
-                f"{type(model).__name__} was to run on example inputs with data, since without any it {why}; found tensors on the"
-                " meta device, as which a fused model remembers those it was fused with. Pass example_inputs."
-            )
         on_meta = False
         watched, positions = tuple(runs), dict(enumerate(range(len(runs))))
         traces, failures = watch_copy(full_copy(model), watched, is_leaf, modes, on_meta=False, original=model)
     partly = next((failure for failure in failures.values() if failure.index > 0), None)
     if not traces or partly is not None:
         failure = partly or failures.get(Mode(model.training)) or next(iter(failures.values()))
+        if not watched[failure.index].have_data():
+            raise InputsError(
+                f"{type(model).__name__} was to run once on example inputs without data and raised {failure}. Pass example_inputs"
+                " with data: a fused model remembers those it was fused with as tensors on the meta device."
+            ) from failure.error
         raise InputsError(
             f"{type(model).__name__} was to run once on example_inputs and raised {failure}."
             " Pass example_inputs that model(...) accepts: a tensor, a tuple of positional or a dict of keyword arguments, or"

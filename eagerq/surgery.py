@@ -90,8 +90,8 @@ def own_method(module: nn.Module) -> str | None:
 
 
 def computed_tensor(module: nn.Module) -> str | None:
-    """``"weight"`` or ``"bias"`` if that is no parameter but set anew before each forward, or None."""
-    return next((k for k in ("weight", "bias") if k in vars(module)), None)
+    """``"weight"`` or ``"bias"`` if that is no parameter but a tensor set anew before each forward, or None."""
+    return next((k for k in ("weight", "bias") if isinstance(vars(module).get(k), Tensor)), None)
 
 
 def is_parametrized(module: nn.Module) -> bool:

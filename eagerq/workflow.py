@@ -16,6 +16,7 @@ from eagerq.conversion import Conversion
 from eagerq.errors import StateError
 from eagerq.guarding import guard_if_asked
 from eagerq.inputs import notes_on, runs_for
+from eagerq.nn.intrinsic.fused import type_name
 from eagerq.nn.qat.base import QATBase, QATOp
 from eagerq.nn.quantized import QuantizedModule, fixed_quantizer, is_deployed, is_qat
 from eagerq.patterns import DEFAULT_PATTERNS, Patterns, parse_patterns
@@ -185,7 +186,8 @@ def convert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Raises:
         StateError: if the model is no QAT model, was converted before, or a quantizer observed
-            nothing, only zeros, NaN or infinity; the model is then as it was.
+            nothing, only zeros, NaN or infinity, or a weight is computed before each forward (pruning); the model is then as
+            it was.
     """
     check_model(model)
     if is_deployed(model):
@@ -212,12 +214,12 @@ def _deployed(target: nn.Module) -> nn.Module:
     new: dict[nn.Module, nn.Module] = {}
     for name, module in target.named_modules():
         if isinstance(module, QATOp):
-            computed = next(filter(None, map(computed_tensor, module.modules())), None)
-            if computed is not None:
-                raise StateError(
-                    f"{name} was to hold one {computed}, but computes it before each forward (pruning, weight_norm,"
-                    " spectral_norm); make that permanent first, as torch.nn.utils.prune.remove does."
-                )
+            for inner, part in module.named_modules(prefix=name):
+                if (computed := computed_tensor(part)) is not None:
+                    raise StateError(
+                        f"{inner or type_name(type(part))} was to hold a {computed}, but computes it before each forward; make"
+                        " that permanent first, by prune.remove, remove_weight_norm or remove_spectral_norm of torch.nn.utils."
+                    )
             if not module.is_deployable():
                 raise StateError(
                     f"{name} has a norm without running statistics, which cannot be folded; use track_running_stats=True."

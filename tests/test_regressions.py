@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -253,12 +253,34 @@ def test_transforms_of_torch_func_see_what_autograd_sees(trains: bool, act: type
     torch.testing.assert_close([*compiled(named, 1.5 * x).values()], [*wanted])
 
 
+class Twice(nn.Module):
+    """One module under two parents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = small()
+        self.head = nn.Sequential(nn.Linear(5, 5), nn.ReLU())
+        self.again = nn.ModuleList([self.head])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again[0](self.head(self.net(x)))
+
+
+@pytest.fixture
+def dirty_memory() -> Iterator[None]:
+    """Memory that nobody wrote is NaN, and the greatest of integers."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("way", ["to_empty", "reset_parameters"])
-def test_memory_that_nobody_wrote_holds_no_ranges(way: str) -> None:
+@pytest.mark.parametrize("net", [small, Twice])
+def test_memory_that_nobody_wrote_holds_no_ranges(net: Callable[[], nn.Module], way: str, dirty_memory: None) -> None:
     """Built on the meta device, given memory and a float checkpoint, quantizers are fresh: whatever the memory held."""
-    source = small()
+    source = net().train()
     with torch.device("meta"):
-        qat = qat_of(small(), images())
+        qat = qat_of(net().train(), images())
     qat.to_empty(device="cpu")
     if way == "reset_parameters":
         for buffer in qat.buffers():
@@ -276,6 +298,23 @@ def test_memory_that_nobody_wrote_holds_no_ranges(way: str) -> None:
     torch.testing.assert_close(dict(qat.named_buffers()), dict(fresh.named_buffers()), rtol=0.0, atol=0.0)
 
 
+def test_what_was_put_into_a_model_without_memory_stays(dirty_memory: None) -> None:
+    """A loader puts tensors in their places one by one, and gives the rest, in no checkpoint, memory."""
+    trained = qat_of(small(), images())
+    trained(images())
+    with torch.device("meta"):
+        qat = qat_of(small(), images())
+    for key, value in trained.state_dict().items():
+        owner, _, name = key.rpartition(".")
+        module = qat.get_submodule(owner)
+        for held in (module._parameters, module._buffers):
+            if name in held:
+                held[name] = nn.Parameter(value) if held is module._parameters else value.clone()  # type: ignore[assignment]
+    qat._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
+    torch.testing.assert_close(dict(qat.named_buffers()), dict(trained.named_buffers()), rtol=0.0, atol=0.0)
+    assert torch.equal(qat.eval()(images()), trained.eval()(images()))
+
+
 @pytest.mark.parametrize("computes", [prune_half, torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm])
 def test_a_weight_that_a_hook_computes_is_not_deployed(computes: Callable[[nn.Module], nn.Module]) -> None:
     qat = qat_of(small(), images())
@@ -284,7 +323,7 @@ def test_a_weight_that_a_hook_computes_is_not_deployed(computes: Callable[[nn.Mo
     computes(qat.get_submodule(name))
     qat(images()).sum().backward()
     state = {key: value.clone() for key, value in qat.state_dict().items()}
-    with pytest.raises(StateError, match=rf"{name} was to hold one weight.*prune\.remove"):
+    with pytest.raises(StateError, match=rf"{name} was to hold a weight.*prune\.remove"):
         eagerq.convert(qat, inplace=True)
     torch.testing.assert_close(dict(qat.state_dict()), state, rtol=0.0, atol=0.0)
     if computes is prune_half:
@@ -296,9 +335,36 @@ def test_what_asks_for_data_is_told_when_the_remembered_inputs_hold_none() -> No
     fused = eagerq.fuse_modules(small(), example_inputs=images())
     means: list[float] = []
     fused[0].register_forward_hook(lambda module, args, out: means.append(out.mean().item()))
-    with pytest.raises(InputsError, match=r"example inputs with data.*Pass example_inputs"):
+    with pytest.raises(InputsError, match=r"without data and raised.*Pass example_inputs with data"):
         eagerq.convert_qat(fused)
     assert torch.isfinite(eagerq.convert_qat(fused, example_inputs=images())(images())).all()
+
+
+def test_a_way_taken_for_want_of_data_is_in_the_report() -> None:
+    fused = eagerq.fuse_modules(small(), example_inputs=images())
+    means: list[float] = []
+    fused[0].register_forward_hook(lambda module, args, out: None if module.training else means.append(out.mean().item()))
+    assert any("hold no data" in note for note in eagerq.report(eagerq.convert_qat(fused)).notes)
+    assert not any("train mode" in note for note in eagerq.report(eagerq.convert_qat(fused, example_inputs=images())).notes)
+
+
+def test_inputs_without_data_are_enough_for_what_asks_for_no_values() -> None:
+    class Asking(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (2.0 if x.is_cuda else 1.0)
+
+    net = Asking(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    inputs = torch.empty(4, 3, 8, 8, device="meta")
+    qat = eagerq.convert_qat(eagerq.fuse_modules(net, example_inputs=inputs), example_inputs=inputs)
+    assert torch.isfinite(qat(images())).all()
+
+
+def test_a_pruned_norm_is_called_by_its_name() -> None:
+    qat = qat_of(small(), images())
+    qat(images())
+    prune.l1_unstructured(qat[0].bn, "weight", 0.5)
+    with pytest.raises(StateError, match=r"0\.bn was to hold a weight"):
+        eagerq.convert(qat)
 
 
 def test_a_parametrized_part_of_a_fused_module_keeps_that_float() -> None:
@@ -328,6 +394,24 @@ class Wrapping(nn.Module):
 def test_an_export_that_fails_says_why(tmp_path: Path) -> None:
     qat = qat_of(Wrapping(), images())
     qat(images())
-    with pytest.raises(ExportError, match=r"not a known type.*register_dataclass") as caught:
+    with pytest.raises(ExportError, match=r"gives a Logits.*register_dataclass") as caught:
         eagerq.export_onnx(eagerq.convert(qat), tmp_path / "wrapping.onnx", images())
     assert "\x1b" not in str(caught.value) and "control flow" not in str(caught.value)
+
+
+class Refusing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = small()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            raise ValueError("no export with opt=1; set opt=0") from KeyError("opt")
+        return self.net(x)
+
+
+def test_an_export_that_the_model_refuses_says_so_in_its_words(tmp_path: Path) -> None:
+    qat = qat_of(Refusing(), images())
+    qat(images())
+    with pytest.raises(ExportError, match="set opt=0"):
+        eagerq.export_onnx(eagerq.convert(qat), tmp_path / "refusing.onnx", images())

@@ -164,20 +164,32 @@ def _exported(model: nn.Module, run: Inputs, opset: int) -> Any:
             )
         return program.model_proto  # type: ignore[union-attr]
     except Exception as error:
-        raise ExportError(f"torch.export could not capture {type(model).__name__}: {_reason(error)}") from error
+        why = _unknown_output(model, run) or _reason(error)
+        raise ExportError(f"torch.export could not make an ONNX graph of {type(model).__name__}: {why}") from error
     finally:
         model.train(was_training)
 
 
+def _unknown_output(model: nn.Module, run: Inputs) -> str | None:
+    """What to do about an output of a type that torch.export does not look into, of which PyTorch's versions say other things."""
+    try:
+        with torch.no_grad():
+            leaves = torch.utils._pytree.tree_leaves(model(*run.args, **run.kwargs))
+    except Exception:  # then the exporter says more
+        return None
+    kinds = [type(leaf).__name__ for leaf in leaves if not isinstance(leaf, (Tensor, bool, int, float, complex, str, type(None)))]
+    if not kinds:
+        return None
+    return f"it gives a {kinds[0]}; give tensors, tuples or dicts, or make that type known by torch.export.register_dataclass."
+
+
 def _reason(error: BaseException) -> str:
-    """The first line of what an exporter's error goes back to, and what to do about the usual ones."""
-    while error.__cause__ is not None:
+    """The first line of what the exporter's own error goes back to, and what to do about the usual one."""
+    while error.__cause__ is not None and type(error).__module__.startswith("torch.onnx"):
         error = error.__cause__
     text = re.sub(r"\x1b\[[0-9;]*m", "", f"{type(error).__name__}: {error}".splitlines()[0])
     if "data-dependent" in text:
         return f"{text} A model with control flow on tensor values has no ONNX graph; export the part that has none."
-    if "not a known type" in text:
-        return f"{text} Give tensors, tuples or dicts, or make the type known by torch.export.register_dataclass."
     return text
 
 

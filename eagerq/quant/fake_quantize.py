@@ -312,7 +312,6 @@ class FakeQuantize(Settles, Quantizer):
         )
 
 
-
 def enable_observer(module: nn.Module) -> None:
     """Let observers learn in training; use with ``model.apply(eagerq.enable_observer)``."""
     if isinstance(module, FakeQuantize):

@@ -20,20 +20,29 @@ _MSE_CANDIDATES = 40
 class QuantState(nn.Module):
     """Base of modules whose buffers are quantization parameters: they never drop below float32."""
 
+    def _unlearned(self) -> dict[str, float]:
+        """What buffers hold while nothing was learned, by name."""
+        return {}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantState:
         before = dict(self._buffers)
+        # of to_empty, which gives a module that has two parents memory twice: what held nothing learned still does, since nobody
+        # writes that memory and a float checkpoint will not
+        unlearned = {name: value for name, value in self._unlearned().items() if _is_filled(before.get(name), value)}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype in (torch.float16, torch.bfloat16):
                 self._buffers[name] = old.to(device=new.device, dtype=torch.float32)
-        pairs = [(old, self._buffers[name]) for name, old in before.items()]
-        if any(old is not None and new is not None and old.is_meta and not new.is_meta for old, new in pairs):
-            self.reset_parameters()  # of to_empty: nobody wrote this memory, and a float checkpoint will not
+        self._fill(unlearned)
         return self
 
-    def reset_parameters(self) -> None:
-        """Forget what was learned."""
+    @torch.no_grad()
+    def _fill(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            buffer = self._buffers.get(name)
+            if buffer is not None:
+                buffer.fill_(value)
 
     def _fit_checkpoint(self, state_dict: dict[str, Any], prefix: str, unset: dict[str, float]) -> None:
         """Give each checkpoint entry this module's shape: torch.ao stores () , (1,) or nothing before it observes."""
@@ -45,6 +54,13 @@ class QuantState(nn.Module):
                 state_dict[prefix + name] = torch.full_like(own, empty)
             elif found.numel() in (1, own.numel()):
                 state_dict[prefix + name] = found.reshape(-1).expand(own.numel()).reshape(own.shape)
+
+
+def _is_filled(buffer: Tensor | None, value: float) -> bool:
+    """Whether all of it holds this, or it holds nothing."""
+    if buffer is None or torch._C._len_torch_dispatch_stack():  # within FakeTensorMode and the like nobody can say
+        return False
+    return buffer.is_meta or (type(buffer) is Tensor and bool((buffer == value).all()))
 
 
 class Observer(QuantState):
@@ -92,11 +108,12 @@ class Observer(QuantState):
         self.register_buffer("min_val", torch.zeros(shape, device=device))
         self.register_buffer("max_val", torch.zeros(shape, device=device))
 
-    @torch.no_grad()
+    def _unlearned(self) -> dict[str, float]:
+        return {"min_val": 0.0, "max_val": 0.0}
+
     def reset_parameters(self) -> None:
         """Forget every batch: no range is known."""
-        self.min_val.zero_()
-        self.max_val.zero_()
+        self._fill(self._unlearned())
 
     def others(self) -> Ranks | None:
         """The ranks to agree with in each batch; None if alone or not asked to."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,16 +49,25 @@ class Quantizer(FollowsEngine, QuantState):
         if channels is None and not memoryless:
             self.register_buffer("scratch", torch.zeros(WORDS, dtype=torch.int32, device=device), persistent=False)
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Forget every batch: no scale is known, and tensors pass through until one is."""
-        self.scale.fill_(1.0)
-        self.zero_point.fill_(self.spec.fixed_zero_point if self.spec.symmetric else 0)
-        if "scratch" in self._buffers:
-            self.scratch.zero_()
-        self.activation_post_process.reset_parameters()
+    def _unlearned(self) -> dict[str, float]:
+        return {"scale": 1.0, "zero_point": self.spec.fixed_zero_point if self.spec.symmetric else 0, "scratch": 0}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
+        was_meta = self.scale.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self.scale.is_meta:
+            self._forget()
+        return self
+
+    def _forget(self) -> None:
         self.observed = self._known = False
         self._before = None
+
+    def reset_parameters(self) -> None:
+        """Forget every batch: no scale is known, and tensors pass through until one is."""
+        self._fill(self._unlearned())
+        self.activation_post_process.reset_parameters()
+        self._forget()
 
     def along_axis(self, values: Tensor, ndim: int) -> Tensor:
         """A ``(1,)`` or ``(channels,)`` tensor, shaped to broadcast over a tensor of ``ndim`` axes."""
@@ -203,4 +213,3 @@ class Quantizer(FollowsEngine, QuantState):
     def extra_repr(self) -> str:
         off = [f for f in ("fake_quant_enabled", "observer_enabled") if not getattr(self, f)]
         return str(self.spec) + "".join(f", {f}=False" for f in off)
-
