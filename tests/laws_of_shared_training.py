@@ -241,6 +241,24 @@ def fully_sharded_resumes(rank: int, folder: Path) -> None:
     equal(_full(other), full)
 
 
+def what_is_sharded_before_it_has_memory_takes_a_full_state(rank: int, folder: Path) -> None:
+    """Built on the meta device; until a checkpoint comes its quantizers know no range, whatever lies in that memory."""
+    images, labels = _data()
+    whole = _built("onnxruntime", "after")
+    _step(whole, _optimizer(whole), images[0], labels[0])
+    device = torch.get_default_device()
+    mesh = init_device_mesh(device.type, (WORLD,))
+    with torch.device("meta"):
+        model = _built("onnxruntime", "after")
+    for module in [m for m in model.modules() if isinstance(m, QATBase)]:
+        fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh).to_empty(device=device)
+    assert not any(m.has_range() for m in model.modules() if isinstance(m, eagerq.FakeQuantize))
+    set_model_state_dict(model, whole.state_dict(), options=StateDictOptions(full_state_dict=True))
+    equal(_full(model), whole.state_dict())
+    close(model.eval()(images[1]), whole.eval()(images[1]))
+
+
 def half_precision_leaves_quantizers_alone(rank: int, folder: Path) -> None:
     images, labels = _data()
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
@@ -286,6 +304,7 @@ LAWS: tuple[Law, ...] = (
     data_parallel_resumes,
     fully_sharded_is_one_process_on_the_union,
     fully_sharded_resumes,
+    what_is_sharded_before_it_has_memory_takes_a_full_state,
     half_precision_leaves_quantizers_alone,
     the_example_goes_on_where_it_stopped,
 )
