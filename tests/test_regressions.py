@@ -298,6 +298,14 @@ def test_memory_that_nobody_wrote_holds_no_ranges(net: Callable[[], nn.Module], 
     torch.testing.assert_close(dict(qat.named_buffers()), dict(fresh.named_buffers()), rtol=0.0, atol=0.0)
 
 
+def test_a_model_made_for_inference_goes_where_it_is() -> None:
+    """PyTorch allows no write to tensors of its inference mode outside of it."""
+    with torch.inference_mode():
+        qat = qat_of(small(), images())
+    state = {key: value.clone() for key, value in qat.state_dict().items()}
+    torch.testing.assert_close(dict(qat.to("cpu").state_dict()), state, rtol=0.0, atol=0.0)
+
+
 def test_what_was_put_into_a_model_without_memory_stays(dirty_memory: None) -> None:
     """A loader puts tensors in their places one by one, and gives the rest, in no checkpoint, memory."""
     trained = qat_of(small(), images())

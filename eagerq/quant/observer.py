@@ -34,7 +34,7 @@ class QuantState(nn.Module):
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype in (torch.float16, torch.bfloat16):
                 self._buffers[name] = old.to(device=new.device, dtype=torch.float32)
-        self._fill(unlearned)
+        self._fill({name: value for name, value in unlearned.items() if self._buffers[name] is not before[name]})
         return self
 
     @torch.no_grad()

@@ -43,9 +43,8 @@ class Quantizer(FollowsEngine, QuantState):
         self.activation_post_process = Observer(spec, channels, axis, memoryless=memoryless, device=device)
         size = channels or 1
         self.register_buffer("scale", torch.ones(size, device=device))
-        self.register_buffer(
-            "zero_point", torch.full((size,), spec.fixed_zero_point if spec.symmetric else 0, dtype=torch.int32, device=device)
-        )
+        zero_point = torch.full((size,), self._unlearned()["zero_point"], dtype=torch.int32, device=device)
+        self.register_buffer("zero_point", zero_point)
         if channels is None and not memoryless:
             self.register_buffer("scratch", torch.zeros(WORDS, dtype=torch.int32, device=device), persistent=False)
 
