@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eagerq.quant import plain_kernels as plain
 from eagerq.quant.layout import dense, has_channels_last, memory_format
-from eagerq.quant.spec import Grid
+from eagerq.quant.memory import empty
 
 #: What Triton's kernels compute in.
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -58,13 +58,18 @@ def activation(
     if kernels is None or x.dtype not in DTYPES:
         return plain.activation(x, scale, zero_point, min_val, max_val, scratch, low, high, constant, *rest)
     x = dense(x)
-    if x.dtype != torch.float32:
+    if low is not None or high is not None:
         low, high = plain.held(low, x.dtype), plain.held(high, x.dtype)
-    out, mask = torch.empty_like(x), plain.mask_like(x, rest[-1])
+    out, mask = torch.empty_like(x), _mask_of(x, rest[-1])
     kernels.activation_forward(
-        x, out, mask if rest[-1] else None, scale, zero_point, min_val, max_val, scratch, low, high, constant, Grid(*rest[:-1])
+        x, out, mask if rest[-1] else None, scale, zero_point, min_val, max_val, scratch, low, high, constant, rest[:-1]
     )
     return out, mask
+
+
+def _mask_of(x: Tensor, needs_mask: bool) -> Tensor:
+    """As ``plain.mask_like``."""
+    return empty(x, ((x.numel() + 7) // 8 if needs_mask else 0,), (1,), torch.uint8)
 
 
 def masked_gradient(grad: Tensor, mask: Tensor) -> Tensor:
@@ -85,11 +90,9 @@ def gelu(
     if kernels is None or x.dtype not in DTYPES:
         return plain.gelu(x, scale, zero_point, min_val, max_val, scratch, constant, *rest)
     x = dense(x)
-    out, mask = torch.empty_like(x), plain.mask_like(x, rest[-1])
-    kernels.activation_forward(
-        x, out, mask if rest[-1] else None, scale, zero_point, min_val, max_val, scratch, None, None, constant, Grid(*rest[:-1]),
-        gelu=True,
-    )  # fmt: skip
+    out, mask = torch.empty_like(x), _mask_of(x, rest[-1])
+    state, written = (scale, zero_point, min_val, max_val), mask if rest[-1] else None
+    kernels.activation_forward(x, out, written, *state, scratch, None, None, constant, rest[:-1], gelu=True)
     return out, mask
 
 
@@ -110,8 +113,8 @@ def gated(
     if kernels is None or x.dtype not in DTYPES:
         return plain.gated(x, state, scratch, hard, constant, *rest)
     x = dense(x)
-    out, used = torch.empty_like(x), plain.used_of(x)
-    kernels.forward(x, out, used, scratch, state, hard, constant, Grid(*rest))
+    out, used = torch.empty_like(x), empty(x, (plain.USED,), (1,), torch.float32)
+    kernels.forward(x, out, used, scratch, state, hard, constant, rest)
     return out, used
 
 
@@ -132,8 +135,8 @@ def sigmoid(
     if kernels is None or x.dtype not in DTYPES:
         return plain.sigmoid(x, state, scratch, hard, constant, *rest)
     x = dense(x)
-    out, used = torch.empty_like(x), plain.used_of(x, plain.SIGMOID_USED)
-    kernels.forward(x, out, used, scratch, state, hard, constant, Grid(*rest))
+    out, used = torch.empty_like(x), empty(x, (plain.SIGMOID_USED,), (1,), torch.float32)
+    kernels.forward(x, out, used, scratch, state, hard, constant, rest)
     return out, used
 
 
@@ -152,11 +155,22 @@ def _of_norm(x: Tensor, name: str = "norms") -> ModuleType | None:
     return _triton(name) if x.dtype in DTYPES and has_channels_last(x) else None
 
 
+def _kept_of(x: Tensor) -> Tensor:
+    """As ``plain.kept_of``."""
+    return empty(x, (plain.KEPT + 2 * x.shape[1],), (1,), torch.float32)
+
+
+def _sums_of(x: Tensor) -> Tensor:
+    """As ``plain.sums_of``."""
+    channels = x.shape[1]
+    return empty(x, (2, channels), (channels, 1), torch.float32)
+
+
 def norm_statistics(x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> Tensor:
     kernels = _of_norm(x)
     if kernels is None:
         return plain.norm_statistics(x, weight, bias, *rest)
-    kept = plain.kept_of(x)
+    kept = _kept_of(x)
     kernels.forward(x, None, kept, weight, bias, *rest)
     return kept
 
@@ -165,7 +179,7 @@ def norm_activation(x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest
     kernels = _of_norm(x)
     if kernels is None:
         return plain.norm_activation(x, weight, bias, *rest)
-    out, kept = torch.empty_like(x), plain.kept_of(x)
+    out, kept = torch.empty_like(x), _kept_of(x)
     kernels.forward(x, out, kept, weight, bias, *rest)
     return out, kept
 
@@ -174,7 +188,7 @@ def norm_sums(grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | Non
     kernels = _of_norm(x) if grad.dtype in DTYPES else None
     if kernels is None:
         return plain.norm_sums(grad, x, weight, bias, kept, *rest)
-    found = plain.sums_of(x)
+    found = _sums_of(x)
     kernels.backward(grad.contiguous(memory_format=memory_format(x)), x, None, found, weight, bias, kept)
     return found
 
@@ -188,7 +202,7 @@ def norm_gradient(
         found = plain.norm_sums(grad, x, weight, bias, kept, *rest)
         return plain.norm_gradient(grad, x, weight, bias, kept, found, *rest), found
     grad = grad.contiguous(memory_format=memory_format(x))
-    out, found = torch.empty_like(grad), plain.sums_of(x)
+    out, found = torch.empty_like(grad), _sums_of(x)
     kernels.backward(grad, x, out, found, weight, bias, kept)
     return out, found
 
@@ -197,7 +211,7 @@ def norm_gated(x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any
     kernels = _of_norm(x, "gated_norms")
     if kernels is None:
         return plain.norm_gated(x, weight, bias, *rest)
-    out, used, kept = torch.empty_like(x), plain.used_of(x), plain.kept_of(x)
+    out, used, kept = torch.empty_like(x), empty(x, (plain.USED,), (1,), torch.float32), _kept_of(x)
     kernels.forward(x, out, kept, used, weight, bias, *rest)
     return out, used, kept
 
@@ -209,7 +223,7 @@ def norm_gated_gradient(
     if kernels is None:
         return plain.norm_gated_gradient(grad, x, weight, bias, kept, *rest)
     grad = grad.contiguous(memory_format=memory_format(x))
-    out, found = torch.empty_like(grad), plain.sums_of(x)
+    out, found = torch.empty_like(grad), _sums_of(x)
     kernels.backward(grad, x, out, found, weight, bias, kept, *rest)
     return out, found
 
@@ -222,7 +236,7 @@ def weight_by_its_range(
         return plain.weight_by_its_range(weight, scale, zero_point, min_val, max_val, *rest)
     weight = dense(weight)
     out = torch.empty_like(weight, dtype=rest[-1])
-    kernels.weight_forward(weight, out, scale, zero_point, min_val, max_val, Grid(*rest[:-1]))
+    kernels.weight_forward(weight, out, scale, zero_point, min_val, max_val, rest[:-1])
     return out
 
 

@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from eagerq.quant import plain_kernels as plain
-from eagerq.quant.spec import Grid
 from eagerq.quant.triton_kernels import (
     UNITS,
     _clamp,
@@ -372,7 +371,7 @@ def _gated_backward(
 
 def forward(
     x: Tensor, out: Tensor, used: Tensor, scratch: list[Tensor], state: list[Tensor], hard: bool, constant: float | None,
-    grid: Grid,
+    grid: tuple[int, ...],
 ) -> None:  # fmt: skip
     """Launch: ``out`` of ``x``, and ``used``, what its backward needs; with ``scratch`` the state learns."""
     launch_over(

@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eagerq.quant.spec import Grid
 from eagerq.quant.triton_launch import Plan, address, launch_over, planned, remember, stream_of
 
 #: Values of one program's step, a multiple of 8: eight neighbours share a byte of the mask.
@@ -444,7 +443,8 @@ def _interprets() -> bool:
 
 def activation_forward(
     x: Tensor, out: Tensor, mask: Tensor | None, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor,
-    scratch: Tensor | None, low: float | None, high: float | None, constant: float | None, grid: Grid, gelu: bool = False,
+    scratch: Tensor | None, low: float | None, high: float | None, constant: float | None, grid: tuple[int, ...],
+    gelu: bool = False,
 ) -> None:  # fmt: skip
     """Launch: ``out`` and ``mask`` of ``x``, which lie in memory as ``x`` does; with ``scratch`` the state learns. Behind a GELU
     there are no bounds."""
@@ -469,7 +469,7 @@ def gelu_gradient(grad: Tensor, x: Tensor, mask: Tensor, out: Tensor) -> None:
 
 
 def weight_forward(
-    weight: Tensor, out: Tensor, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor, grid: Grid
+    weight: Tensor, out: Tensor, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor, grid: tuple[int, ...]
 ) -> None:
     """Launch: one program for each channel, whose values lie together."""
     shape, stream = weight.shape, stream_of(weight)
@@ -485,7 +485,7 @@ def weight_forward(
         plan.launch(stream, scale.numel(), (weight, out, scale, zero_point, min_val, max_val), (length,))
 
 
-def _weight_plan(n: int, channels: int, grid: Grid) -> tuple[Plan, int]:
+def _weight_plan(n: int, channels: int, grid: tuple[int, ...]) -> tuple[Plan, int]:
     length = n // max(channels, 1)
     block = min(4096, triton.next_power_of_2(max(length, 1)))
     warps = 8 if block > 1024 else 4 if block > 256 else 1

@@ -87,7 +87,7 @@ def launch_over(
         scalars: floats, on which nothing is specialized.
         before, after: the constants; ``after``, block and warps are the same in all launches of the kernel.
         block: values of one program's step.
-        waves: at most so many programs for each multiprocessor.
+        waves: at most so many programs for each multiprocessor; what the key holds decides it.
         warps: of a program.
     """
     n, stream = x.numel(), stream_of(x)
@@ -97,7 +97,13 @@ def launch_over(
     elif n:
         # of the kernel, which goes with one ``after``, its number: Triton hashes its text; of n what Triton specializes on
         even = n % block == 0
-        alignments = [where & 15 for where in map(address, large)]
+        apart = 0
+        for t in large:
+            apart |= address(t)
+        alignments = [address(t) & 15 for t in large] if apart & 15 else ()
         key = (id(kernel), even, n & 15 == 0, n == 1, n >> 31, x.get_device(), before, *map(_dtype, large), *alignments)
-        plan = planned(key) or remember(key, Plan(kernel, (*before, even, *after), num_warps=warps))
-        plan.launch(stream, min(-(-n // block), processors(x) * waves), (*large, *small), (n, *scalars))
+        plan, most = planned(key) or remember(
+            key, (Plan(kernel, (*before, even, *after), num_warps=warps), processors(x) * waves)
+        )
+        programs = -(-n // block)
+        plan.launch(stream, programs if programs < most else most, (*large, *small), (n, *scalars))

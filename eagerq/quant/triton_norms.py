@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from eagerq.quant import plain_kernels as plain
+from eagerq.quant.memory import empty
 from eagerq.quant.triton_gates import CODES, _first_in_use, _gated_gradient, _in_use
 from eagerq.quant.triton_kernels import (
     _bounded,
@@ -486,7 +487,7 @@ def forward(
     )
     channels = sums.channels
     constant = float(constant or 0)  # of an integer Triton may make a constant
-    part = torch.empty(4, sums.parts, channels, dtype=torch.float32, device=x.device)
+    part = empty(x, (4 * sums.parts * channels,), (1,), torch.float32)
     sums.launch(
         stream, sums.programs, (x, part, kept, first, second, *small),
         (sums.rows, sums.chunk, sums.parts, channels, momentum, eps, *ends, constant),
@@ -524,7 +525,7 @@ def backward(
         ),
     )
     channels = sums.channels
-    part = torch.empty(2, sums.parts, channels, dtype=torch.float32, device=x.device)
+    part = empty(x, (2 * sums.parts * channels,), (1,), torch.float32)
     passed, more = grad, kept
     if used is not None:  # the sums write what passes the gate
         passed, more = torch.empty_like(grad) if out is None else out, used

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eagerq.quant.spec import Grid
 from eagerq.quant.triton_gates import _by, _gate, _gates_slope, _in_use, _learn_both, _note, _quantized
 from eagerq.quant.triton_kernels import _give, _interprets, _load, _seen, _state, _store
 from eagerq.quant.triton_launch import launch_over
@@ -103,7 +102,7 @@ def _sigmoid_backward(
 
 def forward(
     x: Tensor, out: Tensor, used: Tensor, scratch: list[Tensor], state: list[Tensor], hard: bool, constant: float | None,
-    grid: Grid,
+    grid: tuple[int, ...],
 ) -> None:  # fmt: skip
     """Launch: ``out`` of ``x``, and ``used``, what its backward needs; with ``scratch`` the state learns."""
     launch_over(

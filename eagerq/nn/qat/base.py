@@ -170,13 +170,18 @@ class QATBase(Settles, FollowsEngine, nn.Module):
         quantizes_input = member(self, "input_fake_quant")
         if quantizes_input is not None:
             input = quantizes_input(input)
-        settled, quantizer = self.settled(), member(self, "activation_post_process")
-        asks = settled is not None or self.asks_kernels(input, quantizer)
-        before = self.before_norm(input, *args, **kwargs) if asks else None
+        settled = None if args or kwargs else self.settled()
+        quantizer = member(self, "activation_post_process")
+        before: tuple[nn.Module, Tensor] | None = None
+        if settled is not None:  # at a norm, since there is nothing else here
+            x = self.norm_input(input)
+            if settled.serves(x, True):
+                return settled.call(x)
+            before = member(self, "bn"), x
+        elif self.asks_kernels(input, quantizer):
+            before = self.before_norm(input, *args, **kwargs)
         if before is not None:
             norm, x = before
-            if settled is not None and settled.serves(x, True):
-                return settled.call(x)
             done: Tensor | None = quantizer.of_norm(norm, x) if is_plain_norm(norm, x) else None
             if done is not None:
                 self.settle_end(x, quantizer, norm)
@@ -193,6 +198,10 @@ class QATBase(Settles, FollowsEngine, nn.Module):
     def before_norm(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[nn.Module, Tensor] | None:
         """The norm that ends what this module computes in training, and what it is given; None where none does."""
         return None
+
+    def norm_input(self, input: Tensor) -> Tensor:
+        """What that norm is given."""
+        raise NotImplementedError  # pragma: no cover
 
     def settle_end(self, x: Tensor, quantizer: FakeQuantize, norm: nn.Module | None, act: nn.Module | None = None) -> None:
         """Remember the last steps of this module, which a kernel did for x, unless something in them is asked in each batch."""

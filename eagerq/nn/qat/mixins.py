@@ -85,8 +85,11 @@ class WithBn(HoldsNorm, QATOp):
     def before_norm(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[nn.Module, Tensor] | None:
         if not self.ends_with_norm():
             return None
+        return member(self, "bn"), self.norm_input(input, *args, **kwargs)
+
+    def norm_input(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.check_norm_input(input)
-        return member(self, "bn"), super().train_compute(input, *args, **kwargs)
+        return super().train_compute(input, *args, **kwargs)
 
     def ends_with_norm(self) -> bool:
         """Whether the norm is the last that training computes."""
@@ -165,10 +168,11 @@ class LoneNorm(WithBn, ScaleOp):
             return getattr(norm, name)  # running_mean and the like, for code that reads them from outside
 
     def before_norm(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[nn.Module, Tensor] | None:
-        if args or kwargs or not self.ends_with_norm():
-            return None
+        return None if args or kwargs or not self.ends_with_norm() else (member(self, "bn"), self.norm_input(input))
+
+    def norm_input(self, input: Tensor) -> Tensor:  # type: ignore[override]  # a norm takes nothing else
         self.check_norm_input(input)
-        return member(self, "bn"), input
+        return input
 
     def train_compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         quantizer = member(self, "weight_fake_quant")
@@ -205,19 +209,19 @@ class HoldsAct(QATBase):
         quantizer = member(self, "activation_post_process")
         if quantizes_input is not None:
             input = quantizes_input(input)
-        settled = self.settled()
-        if settled is None:
-            bounds, steps = bounds_of(act), _split_of(act)
-            ends_norm = bounds is not None or (steps is not None and steps.gate is not None)
-            asks = ends_norm and self.asks_kernels(input, quantizer)
-        else:
-            asks = settled.with_norm
-        before = self.before_norm(input, *args, **kwargs) if asks else None
-        x = self.preactivation(input, *args, **kwargs) if before is None else before[1]
+        settled = None if args or kwargs else self.settled()
+        before: tuple[nn.Module, Tensor] | None = None
         if settled is not None:
-            if settled.serves(x, before is not None):
+            x = self.norm_input(input) if settled.with_norm else self.preactivation(input)
+            if settled.serves(x, settled.with_norm):
                 return settled.call(x)
-            bounds, steps = bounds_of(act), _split_of(act)
+            before = (member(self, "bn"), x) if settled.with_norm else None
+        bounds, steps = bounds_of(act), _split_of(act)
+        if settled is None:
+            ends_norm = bounds is not None or (steps is not None and steps.gate is not None)
+            if ends_norm and self.asks_kernels(input, quantizer):
+                before = self.before_norm(input, *args, **kwargs)
+            x = self.preactivation(input, *args, **kwargs) if before is None else before[1]
         done: Tensor | None = None
         if before is not None:
             norm, _ = before
@@ -306,3 +310,6 @@ class NormActQAT(HoldsNorm, HoldsAct):
 
     def before_norm(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[nn.Module, Tensor] | None:
         return None if args or kwargs else (self.bn, input)
+
+    def norm_input(self, input: Tensor) -> Tensor:
+        return input
