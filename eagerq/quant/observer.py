@@ -7,17 +7,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from eagerq.quant.functional import Bounds, dequantize, quantization_params, quantize
 from eagerq.quant.layout import rows_of
 from eagerq.quant.ranks import Ranks, hull, mean
 from eagerq.quant.spec import QuantSpec
+from eagerq.quant.watched import Watched
 
 _MSE_CANDIDATES = 40
 
 
-class QuantState(nn.Module):
+class QuantState(Watched):
     """Base of modules whose buffers are quantization parameters: they never drop below float32."""
 
     def _unlearned(self) -> dict[str, float]:

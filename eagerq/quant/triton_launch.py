@@ -20,23 +20,62 @@ _dtype = attrgetter("dtype")
 address: Any = Tensor.data_ptr
 
 
+#: What Inductor launches compiled kernels by: it takes no compile-time constants, and none of Triton's Python lies before it.
+_launcher: Any = getattr(getattr(torch._C, "_StaticCudaLauncher", None), "_launch_kernel", None)
+_CODES = {"i32": "i", "i64": "l", "fp32": "f"}
+
+
+def _launches(made: Any, given: int) -> Callable[..., None] | None:
+    """A compiled kernel's launch, of programs, stream and its tensors' addresses and numbers; None where this knows none.
+
+    Args:
+        made: by Triton.
+        given: how many arguments it has that are no constants.
+    """
+    kinds, metadata = [*made.src.signature.values()], made.metadata
+    types = "".join("O" if kind.startswith("*") else _CODES.get(kind, "?") for kind in kinds[:given])
+    if _launcher is None or "?" in types or getattr(metadata, "num_ctas", 1) != 1 or getattr(metadata, "launch_pdl", False):
+        return None
+    if getattr(metadata, "launch_cooperative_grid", False):
+        return None
+    scratch = [getattr(metadata, f"{name}_scratch_size", None) for name in ("global", "profile")]
+    if any(scratch):
+        return None
+    nothing = (None,) * sum(size is not None for size in scratch)  # addresses of memory that it does not use
+    types += "O" * len(nothing)
+    function, warps, shared = made.function, metadata.num_warps, metadata.shared
+    launch: Any = _launcher
+
+    def launches(programs: int, stream: int, *arguments: Any) -> None:
+        launch(function, programs, 1, 1, warps, shared, types, (*arguments, *nothing), stream)
+
+    return launches
+
+
 class Plan:
-    """A kernel, its compile-time constants in the order of its parameters, and once it was launched what it was compiled to."""
+    """A kernel, its compile-time constants in the order of its parameters, and once it was launched what launches it."""
 
     def __init__(self, kernel: Any, constants: tuple[Any, ...], **options: Any) -> None:
         self.kernel, self.constants = kernel, constants
         self.options = {"enable_fp_fusion": False, **options}
-        self.compiled: Any = None
+        self.launches: Callable[..., None] | None = None
 
     def launch(self, stream: int, programs: int, tensors: tuple[Tensor, ...], scalars: tuple[float, ...]) -> None:
         """So many programs, with arguments in the order of the kernel's parameters: tensors, numbers, constants."""
-        if self.compiled is None:
-            made = self.kernel[(programs,)](*tensors, *scalars, *self.constants, **self.options)
-            self.compiled = made and (made.run, made.function, made.packed_metadata)  # an interpreter gives None
-        else:
-            run, function, metadata = self.compiled
-            given = (*map(address, tensors), *scalars, *self.constants)
-            run(programs, 1, 1, stream, function, metadata, None, None, None, *given)
+        if self.launches is not None:
+            self.launches(programs, stream, *map(address, tensors), *scalars)
+            return
+        made = self.kernel[(programs,)](*tensors, *scalars, *self.constants, **self.options)
+        if made is not None:  # an interpreter gives None
+            self.launches = _launches(made, len(tensors) + len(scalars)) or self._by_triton(made)
+
+    def _by_triton(self, made: Any) -> Callable[..., None]:
+        run, function, metadata, constants = made.run, made.function, made.packed_metadata, self.constants
+
+        def launches(programs: int, stream: int, *arguments: Any) -> None:
+            run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments, *constants)
+
+        return launches
 
 
 _PLANS: dict[Any, Any] = {}
