@@ -22,6 +22,7 @@ from eagerq.nn.qat.base import QATBase
 from eagerq.quant import FakeQuantize, QuantSpec, settled
 from eagerq.quant.observer import Observer
 from eagerq.quant.ranks import Ranks
+from eagerq.quant.watched import Changes
 
 ACTS: dict[str, Callable[[], list[nn.Module]]] = {
     "none": list,
@@ -313,6 +314,41 @@ def test_hooks_on_all_modules_are_seen(plain_launches: None) -> None:
     with nn.modules.module.register_module_forward_hook(lambda m, *_: seen.add(m)):
         step(model, 1)
     assert {norm_of(model), model[0].act, model[0].activation_post_process} <= seen
+
+
+@pytest.mark.parametrize("what", ["scale", "zero_point", "activation_post_process.min_val"])
+@pytest.mark.parametrize(
+    "of", ["0.activation_post_process", "0.act.input_fake_quant", "0.act.gate_fake_quant", "0.input_fake_quant"]
+)
+def test_buffers_exchanged_past_a_module_are_seen(of: str, what: str, plain_launches: None) -> None:
+    """As ``functional_call`` does, which no module is told of."""
+    model, other = net("SiLU"), net("SiLU")
+    for seed in range(2):
+        step(model, seed)
+        step(forget(other), seed)
+    name = f"{of}.{what}"
+    given = {name: dict(model.named_buffers())[name] + 2}
+    mine, wanted = ({k: v.clone() for k, v in given.items()} for _ in range(2))
+    found = torch.func.functional_call(model, mine, (batch(2),))
+    assert_same({"output": found}, {"output": torch.func.functional_call(forget(other), wanted, (batch(2),))})
+    assert_same(mine, wanted)
+    assert_same(step(model, 3), step(forget(other), 3))
+
+
+def test_training_counts_no_change_and_every_switch_does(plain_launches: None) -> None:
+    """A change that a step itself makes would have all modules looked at again."""
+    model = net("SiLU")
+    for seed in range(2):
+        step(model, seed)
+    before = Changes.count
+    step(model, 2)
+    model.train()  # which changes nothing
+    assert Changes.count == before
+    quantizer = model[0].act.gate_fake_quant
+    for change in (eagerq.disable_observer, eagerq.disable_fake_quant, nn.Module.eval, _hook, _other_state):
+        before = Changes.count
+        change(quantizer)
+        assert Changes.count > before, change
 
 
 def test_ranks_are_asked_in_each_batch(plain_launches: None) -> None:

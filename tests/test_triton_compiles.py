@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 triton: Any = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from eagerq.quant import triton_gated_norms, triton_gates, triton_kernels, triton_norms, triton_sigmoids  # noqa: E402
+from eagerq.quant import (  # noqa: E402
+    triton_gated_norms,
+    triton_gates,
+    triton_kernels,
+    triton_launch,
+    triton_norms,
+    triton_sigmoids,
+)
 
 #: What a launch may leave out, here all or nothing; a range that is symmetric, or not.
 FLAGS = (
@@ -79,3 +89,62 @@ def compile_for(kernel: Any, given: dict[str, Any], kind: str, capability: int) 
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": False})
     assert made.asm["cubin"]
     assert kernel.__name__ in made.asm["ptx"]
+    assert_launched_as_compiled(kernel, made)
+
+
+def assert_launched_as_compiled(kernel: Any, made: Any) -> None:
+    """What the launcher is told of the arguments is what the machine code takes."""
+    entry = made.asm["ptx"].partition(".entry")[2].partition(")")[0]
+    given, sent = sum(not p.is_constexpr for p in kernel.params), list[Any]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_launch, "_launcher", lambda *arguments: sent.append(arguments))
+        launches = triton_launch._launches(SimpleNamespace(src=made.src, metadata=made.metadata, function=7), given)
+        assert launches is not None
+        launches(5, 11, *range(given))
+    ((function, *programs, warps, shared, types, arguments, stream),) = sent
+    assert [{"O": "u64", "l": "u64", "i": "u32", "f": "f32"}[kind] for kind in types] == re.findall(r"\.param \.(\w+)", entry)
+    assert (function, programs, warps, shared, stream) == (7, [5, 1, 1], made.metadata.num_warps, made.metadata.shared, 11)
+    assert arguments[:given] == (*range(given),) and len(arguments) == len(types)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{"num_ctas": 2}, {"launch_pdl": True}, {"launch_cooperative_grid": True}, {"global_scratch_size": 8}, {"kind": "i16"}],
+)
+def test_what_the_launcher_does_not_know_triton_launches(metadata: dict[str, Any]) -> None:
+    kind = metadata.pop("kind", "i32")
+    usual = {"num_ctas": 1, "launch_pdl": False, "launch_cooperative_grid": False, "global_scratch_size": 0}
+    usual |= {"num_warps": 4, "shared": 0}
+    source = SimpleNamespace(signature={"x_ptr": "*fp32", "n": kind, "BLOCK": "constexpr"})
+    made = SimpleNamespace(src=source, metadata=SimpleNamespace(**{**usual, **metadata}), function=7)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_launch, "_launcher", print)
+        assert triton_launch._launches(made, 2) is None
+        made.metadata, made.src = SimpleNamespace(**usual), SimpleNamespace(signature={**source.signature, "n": "i32"})
+        assert triton_launch._launches(made, 2) is not None
+        patch.setattr(triton_launch, "_launcher", None)
+        assert triton_launch._launches(made, 2) is None
+
+
+def test_what_was_compiled_is_launched_by_triton_where_there_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first launch compiles; the next has addresses and numbers, and for Triton's launcher the constants too."""
+    monkeypatch.setattr(triton_launch, "_launcher", None)
+    sent: list[Any] = []
+
+    class Kernel:
+        def __getitem__(self, programs: tuple[int, ...]) -> Any:
+            def launch(*arguments: Any, **options: Any) -> Any:
+                sent.append((programs, arguments, options))
+                source = SimpleNamespace(signature={"x_ptr": "*fp32", "n": "i32", "BLOCK": "constexpr"})
+                return SimpleNamespace(
+                    src=source, metadata=SimpleNamespace(), run=lambda *a: sent.append(a), function=7, packed_metadata="packed"
+                )
+
+            return launch
+
+    x = torch.zeros(3)
+    plan = triton_launch.Plan(Kernel(), (64,), num_warps=2)
+    plan.launch(11, 5, (x,), (3,))
+    plan.launch(11, 5, (x,), (3,))
+    assert sent[0] == ((5,), (x, 3, 64), {"enable_fp_fusion": False, "num_warps": 2})
+    assert sent[1:] == [(5, 1, 1, 11, 7, "packed", None, None, None, x.data_ptr(), 3, 64)]

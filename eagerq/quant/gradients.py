@@ -283,6 +283,18 @@ class NormGatedNow(NormGated):
         return out
 
 
+def direct(function: type[torch.autograd.Function]) -> Any:
+    """``function.apply`` of a plain tensor and others that no transform of ``torch.func`` made: PyTorch looks for such in Python,
+    which takes as long as a small kernel."""
+    apply: Any = super(torch.autograd.Function, function).apply  # type: ignore[misc]  # inherited of C
+    alive = torch._C._functorch.unwrap_if_dead
+
+    def applied(x: Tensor, *args: Any) -> Any:
+        return apply(alive(x), *args)
+
+    return applied
+
+
 def _parameters_gradient(ctx: Any, found: Tensor, weight: Any, bias: Any) -> tuple[Tensor | None, Tensor | None]:
     """Of weight and bias, of what ``norm_sums`` finds."""
     needs = ctx.needs_input_grad

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from eagerq.quant import fast_kernels as fast
 from eagerq.quant.functional import Bounds
-from eagerq.quant.gradients import ActivationNow, GatedNow, GeluNow, Norm, NormGatedNow, NormNow, SigmoidNow
+from eagerq.quant.gradients import ActivationNow, GatedNow, GeluNow, Norm, NormGatedNow, NormNow, SigmoidNow, direct
 from eagerq.quant.plain_kernels import State
 from eagerq.quant.spec import Grid
 
 #: An operator of one tensor, bound to all else that it takes.
 Call = Callable[[Tensor], Tensor]
 
+_activation_now, _gelu_now, _gated_now, _sigmoid_now = map(direct, (ActivationNow, GeluNow, GatedNow, SigmoidNow))
+_norm_now, _norm_gated_now = map(direct, (NormNow, NormGatedNow))
 _activation = torch.ops.eagerq.fake_quantize_activation.default
 _gelu = torch.ops.eagerq.fake_quantize_gelu.default
 _gated = torch.ops.eagerq.fake_quantize_gated.default
@@ -49,7 +51,7 @@ def fake_quantize_activation(
 
 def activation_call(state: State, scratch: Tensor | None, bounds: Bounds, constant: float | None, grid: Grid) -> Call:
     """``fake_quantize_activation`` of tensors that are plain, bound to all else."""
-    return _masking(ActivationNow.apply, (*state, scratch, *bounds, constant, *grid))
+    return _masking(_activation_now, (*state, scratch, *bounds, constant, *grid))
 
 
 def quantizer_state(state: State) -> State:
@@ -72,7 +74,7 @@ def fake_quantize_gelu(x: Tensor, state: State, scratch: Tensor | None, constant
 
 def gelu_call(state: State, scratch: Tensor | None, constant: float | None, grid: Grid) -> Call:
     """``fake_quantize_gelu`` of tensors that are plain, bound to all else."""
-    return _masking(GeluNow.apply, (*state, scratch, constant, *grid))
+    return _masking(_gelu_now, (*state, scratch, constant, *grid))
 
 
 def _masking(apply: Any, rest: tuple[Any, ...]) -> Call:
@@ -104,8 +106,7 @@ def gated_call(
 ) -> Call:
     """``fake_quantize_gated`` of tensors that are plain, bound to all else."""
     rest = ([t for state in states for t in state], scratch, hard, constant, *grid)
-    apply: Any = GatedNow.apply
-    return lambda x: apply(x, rest)
+    return lambda x: _gated_now(x, rest)
 
 
 def fake_quantize_sigmoid(
@@ -129,8 +130,7 @@ def fake_quantize_sigmoid(
 def sigmoid_call(states: tuple[State, State], scratch: list[Tensor], hard: bool, constant: float | None, grid: Grid) -> Call:
     """``fake_quantize_sigmoid`` of tensors that are plain, bound to all else."""
     rest = ([t for state in states for t in state], scratch, hard, constant, *grid)
-    apply: Any = SigmoidNow.apply
-    return lambda x: apply(x, rest)
+    return lambda x: _sigmoid_now(x, rest)
 
 
 def batch_norm_activation(
@@ -185,8 +185,7 @@ def norm_call(
     """``batch_norm_activation`` of tensors that are plain, bound to all else; for where the state learns what is observed."""
     weight, bias, of_norm = _of(norm)
     rest = (*of_norm, *state, scratch, learns, learns, *bounds, constant, *grid)
-    apply: Any = NormNow.apply
-    return lambda x: apply(x, weight, bias, rest)
+    return lambda x: _norm_now(x, weight, bias, rest)
 
 
 def norm_gated_call(
@@ -196,8 +195,7 @@ def norm_gated_call(
     """``batch_norm_gated`` of tensors that are plain, bound to all else."""
     weight, bias, of_norm = _of(norm)
     rest = (*of_norm, [t for state in states for t in state], scratch, learns, hard, constant, *grid)
-    apply: Any = NormGatedNow.apply
-    return lambda x: apply(x, weight, bias, rest)
+    return lambda x: _norm_gated_now(x, weight, bias, rest)
 
 
 def _of(norm: Any) -> tuple[Any, ...]:
