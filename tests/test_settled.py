@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import eagerq
+import eagerq.nn.intrinsic.qat as nniqat
 from eagerq.nn.qat.base import QATBase
 from eagerq.quant import FakeQuantize, QuantSpec, settled
 from eagerq.quant.observer import Observer
 from eagerq.quant.ranks import Ranks
-from eagerq.quant.watched import Changes
 
 ACTS: dict[str, Callable[[], list[nn.Module]]] = {
     "none": list,
@@ -335,20 +335,51 @@ def test_buffers_exchanged_past_a_module_are_seen(of: str, what: str, plain_laun
     assert_same(step(model, 3), step(forget(other), 3))
 
 
-def test_training_counts_no_change_and_every_switch_does(plain_launches: None) -> None:
-    """A change that a step itself makes would have all modules looked at again."""
-    model = net("SiLU")
-    for seed in range(2):
-        step(model, seed)
-    before = Changes.count
-    step(model, 2)
-    model.train()  # which changes nothing
-    assert Changes.count == before
-    quantizer = model[0].act.gate_fake_quant
-    for change in (eagerq.disable_observer, eagerq.disable_fake_quant, nn.Module.eval, _hook, _other_state):
-        before = Changes.count
-        change(quantizer)
-        assert Changes.count > before, change
+def test_a_switch_in_compiled_code_is_seen(plain_launches: None) -> None:
+    """Compiled code sets attributes past a module's own ``__setattr__``."""
+    model, other = net("SiLU"), net("SiLU")
+    for each in (model, other):
+        step(each, 0)
+
+        @torch.compile(backend="eager")
+        def freeze(x: Tensor, each: Any = each) -> Tensor:
+            each.apply(eagerq.disable_observer)
+            return x + 1
+
+        freeze(torch.zeros(1))
+        assert not model[0].activation_post_process.observer_enabled
+    assert_same(step(model, 1), step(forget(other), 1))
+
+
+class _Shifts(nniqat.ConvBnReLU2d):
+    """A user's own, that says what its norm is given."""
+
+    def before_norm(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[nn.Module, Tensor] | None:
+        before = super().before_norm(input, *args, **kwargs)
+        return before and (before[0], before[1] + 5)
+
+
+def test_what_a_class_gives_its_norm_is_asked_in_each_batch(plain_launches: None) -> None:
+    model, other = net("ReLU"), net("ReLU")
+    for seed in range(4):
+        if seed == 2:
+            for each in (model, other):
+                assert each is other or each[0].settled() is not None
+                each[0].__class__ = _Shifts
+            assert model[0].settled() is None
+        assert_same(step(model, seed), step(forget(other), seed))
+
+
+def test_what_further_arguments_lead_to_is_not_remembered(plain_launches: None) -> None:
+    """It would not be used: steps are bound to the input alone."""
+    model = nn.Sequential(nn.ConvTranspose2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU())
+    x = batch(0)
+    qat: Any = eagerq.convert_qat(eagerq.fuse_modules(model, example_inputs=x), example_inputs=x).train()
+    shape = qat[0](x).shape
+    assert qat[0].settled() is not None
+    qat[0].unsettle()
+    assert qat[0](x, [s + 1 for s in shape[2:]]).shape[2] == shape[2] + 1
+    assert qat[0].settled() is None
 
 
 def test_ranks_are_asked_in_each_batch(plain_launches: None) -> None:

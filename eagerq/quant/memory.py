@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # one of PyTorch's own; where it is gone, the slower one serves
-_on_current_device: Any = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+_on_current_device: Any = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "_empty_strided_cuda", None)
 
 
 def empty(x: Tensor, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:

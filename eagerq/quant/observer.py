@@ -7,18 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eagerq.quant.functional import Bounds, dequantize, quantization_params, quantize
 from eagerq.quant.layout import rows_of
 from eagerq.quant.ranks import Ranks, hull, mean
 from eagerq.quant.spec import QuantSpec
-from eagerq.quant.watched import Watched
 
 _MSE_CANDIDATES = 40
 
 
-class QuantState(Watched):
+class QuantState(nn.Module):
     """Base of modules whose buffers are quantization parameters: they never drop below float32."""
 
     def _unlearned(self) -> dict[str, float]:

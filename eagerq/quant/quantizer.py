@@ -27,7 +27,6 @@ class Quantizer(FollowsEngine, QuantState):
     _before_was_fast = False
     #: That the buffers hold a range, once seen: looking waits for the device.
     _known = False
-    UNCOUNTED = frozenset({"_before", "_before_was_fast"})
 
     def __init__(
         self, spec: QuantSpec, channels: int | None = None, axis: int = 0, *, memoryless: bool = False, device: Any = None

@@ -18,96 +18,72 @@ from torch import Tensor, nn
 from eagerq.quant import fast_kernels
 from eagerq.quant.layout import has_channels_last
 from eagerq.quant.observer import Observer
-from eagerq.quant.watched import Changes, Watched
 
-#: What decides, of the attributes of modules, norms and activations.
-_ATTRIBUTES = ("training", "qconfig", "momentum", "eps", "track_running_stats", "min_val", "max_val", "approximate")
+#: What decides, of the attributes of modules, quantizers, norms and activations, and of observers.
+_ATTRIBUTES = (
+    "training", "fake_quant_enabled", "observer_enabled", "observed", "spec", "qconfig",
+    "momentum", "eps", "track_running_stats", "gate", "squash", "min_val", "max_val", "approximate",
+)  # fmt: skip
+_OF_OBSERVERS = ("ranks",)
 #: What a module holds members in.
 _MEMBERS = ("_modules", "_parameters", "_buffers")
 #: What a module's kinds of hooks, and behind ``_global`` those on all modules, are held in.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_OF_ALL = vars(torch.nn.modules.module)
-_ON_ALL = [f"_global{kind}" for kind in _HOOKS]
-#: Attributes that decide nothing: who has them asks hooks themselves.
-_BOOKKEEPING = frozenset({"_settled", "_is_full_backward_hook"})
 _members = dict.values
 _END = object()
 
 
-def _names(module: nn.Module) -> list[str]:
-    """The attributes to look at: of a watched module, which is seldom looked at, all."""
-    own = vars(module)
-    if isinstance(module, Watched):
-        return [name for name in own if name not in _BOOKKEEPING and name not in module.UNCOUNTED]
-    return [name for name in (*_ATTRIBUTES, *_MEMBERS) if name in own]
-
-
-class _Facts:
-    """Modules whose types and attributes are the objects they were, with no hooks and no attribute more, such as a ``forward`` of
-    one module's own. Of observers, which kernels do not call, hooks are not asked."""
-
-    def __init__(self, modules: list[nn.Module]) -> None:
-        self._modules, self._types = modules, [*map(type, modules)]
-        self._spaces = [vars(module) for module in modules]
-        self._sizes = [*map(len, self._spaces)]
-        facts = [(vars(module), name) for module in modules for name in _names(module)]
-        self._places, self._names = [place for place, _ in facts], [name for _, name in facts]
-        self._values = [*map(getitem, self._places, self._names)]
-        hooked = [vars(module) for module in modules if not isinstance(module, Observer)]
-        self._hooked, self._hooks = [space for space in hooked for _ in _HOOKS], [*_HOOKS] * len(hooked)
-
-    def hold(self) -> bool:
-        """Whether they are."""
-        if [*map(len, self._spaces)] != self._sizes:
-            return False
-        try:
-            same = all(map(is_, map(getitem, self._places, self._names), self._values))
-        except KeyError:
-            return False
-        return same and all(map(is_, map(type, self._modules), self._types)) and not any(map(getitem, self._hooked, self._hooks))
-
-
 class Unchanged:
-    """A module and its parts, whose types, attributes, parameters, buffers and members are the objects they were.
+    """A module and its parts, whose attributes, parameters, buffers and members are the objects they were, and the parts' types.
 
-    No part has hooks, and none an attribute more. What ``Watched`` parts are is looked at again where one, of whichever module,
-    has changed since. Members are compared always, and all of others.
+    No part has hooks, and none an attribute more, such as a ``forward`` of one module's own.
 
     Args:
         owner: the module, whose hooks and parameters may be any; it is not held, since it holds this.
-        parts: the others.
+        parts: the others. Of observers, which kernels do not call, hooks are not asked.
     """
 
-    def __init__(self, owner: nn.Module, parts: list[nn.Module]) -> None:
-        self._count = Changes.count
+    def __init__(self, owner: nn.Module, parts: Iterable[nn.Module]) -> None:
         own = vars(owner)
-        self._size, self._own = len(own), [name for name in _names(owner) if name not in (*_HOOKS, "_parameters")]
+        self._size, self._own = len(own), [*(name for name in _ATTRIBUTES if name in own), "_modules", "_buffers"]
         self._own_values = [own[name] for name in self._own]
-        self._watches_owner = isinstance(owner, Watched)
-        self._watched = _Facts([part for part in parts if isinstance(part, Watched)])
-        self._others = _Facts([part for part in parts if not isinstance(part, Watched)])
-        held = [own["_modules"], own["_buffers"], *(vars(part)[name] for part in parts for name in _MEMBERS)]
-        self._held = [members for members in held if members]
-        self._values = [*chain.from_iterable(map(_members, self._held)), _END]
+        self._parts = [*parts]
+        self._types = [*map(type, self._parts)]
+        self._spaces = [vars(part) for part in self._parts]
+        self._sizes = [*map(len, self._spaces)]
+        facts: list[tuple[dict[str, Any], str]] = []
+        members: list[tuple[dict[str, Any], str]] = []
+        hooks: list[tuple[dict[str, Any], str]] = [(vars(torch.nn.modules.module), f"_global{kind}") for kind in _HOOKS]
+        for part, space in zip(self._parts, self._spaces, strict=True):
+            observes = isinstance(part, Observer)
+            facts += [(space, name) for name in (_OF_OBSERVERS if observes else _ATTRIBUTES) if name in space]
+            members += [(space, name) for name in _MEMBERS if space[name]]
+            hooks += [] if observes else [(space, kind) for kind in _HOOKS]
+        self._places, self._names = [place for place, _ in facts], [name for _, name in facts]
+        self._values = [*map(getitem, self._places, self._names)]
+        self._held = [members for members in (own["_modules"], own["_buffers"]) if members]
+        self._holders, self._kinds = [holder for holder, _ in members], [kind for _, kind in members]
+        self._members = [*self._all_members()]
+        self._hooked, self._hooks = [place for place, _ in hooks], [name for _, name in hooks]
+
+    def _all_members(self) -> Iterable[Any]:
+        """By way of the dicts themselves: looked up by name they take longer than all else. The end tells that none is gone."""
+        of_parts = map(getitem, self._holders, self._kinds)
+        return chain(chain.from_iterable(map(_members, chain(self._held, of_parts))), (_END,))
 
     def holds(self, owner: nn.Module) -> bool:
         """Whether all of it is so."""
-        count = Changes.count
-        if count != self._count:
-            if not (self._owner_holds(owner) and self._watched.hold()):
-                return False
-            self._count = count
-        elif not (self._watches_owner or self._owner_holds(owner)):
-            return False
-        members = chain(chain.from_iterable(map(_members, self._held)), (_END,))  # the end tells that none is gone
-        return all(map(is_, members, self._values)) and self._others.hold() and not any(map(_OF_ALL.__getitem__, _ON_ALL))
-
-    def _owner_holds(self, owner: nn.Module) -> bool:
         own = vars(owner)
+        if len(own) != self._size or [*map(len, self._spaces)] != self._sizes:
+            return False
         try:
-            return len(own) == self._size and all(map(is_, map(own.__getitem__, self._own), self._own_values))
+            same = all(map(is_, map(getitem, self._places, self._names), self._values))
+            same = same and all(map(is_, map(own.__getitem__, self._own), self._own_values))
         except KeyError:
             return False
+        if not (same and all(map(is_, self._all_members(), self._members))):
+            return False
+        return all(map(is_, map(type, self._parts), self._types)) and not any(map(getitem, self._hooked, self._hooks))
 
 
 class Settled:
@@ -141,6 +117,7 @@ class Settled:
         """Whether ``owner`` would come to these steps again."""
         return (
             self._owner() is owner
+            and type(owner) is self._cls
             and (self._methods is None or self._methods(self._cls) == self._computing)
             and torch._C._current_graph_task_id() == -1  # else a backward runs it again, and it must not learn
             and self._unchanged.holds(owner)

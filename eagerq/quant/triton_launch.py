@@ -21,7 +21,8 @@ address: Any = Tensor.data_ptr
 
 
 #: What Inductor launches compiled kernels by: it takes no compile-time constants, and none of Triton's Python lies before it.
-_launcher: Any = getattr(getattr(torch._C, "_StaticCudaLauncher", None), "_launch_kernel", None)
+#: On ROCm kernels take other arguments.
+_launcher: Any = None if torch.version.hip else getattr(getattr(torch._C, "_StaticCudaLauncher", None), "_launch_kernel", None)
 _CODES = {"i32": "i", "i64": "l", "fp32": "f"}
 
 
@@ -36,12 +37,12 @@ def _launches(made: Any, given: int) -> Callable[..., None] | None:
     types = "".join("O" if kind.startswith("*") else _CODES.get(kind, "?") for kind in kinds[:given])
     if _launcher is None or "?" in types or getattr(metadata, "num_ctas", 1) != 1 or getattr(metadata, "launch_pdl", False):
         return None
-    if getattr(metadata, "launch_cooperative_grid", False):
+    if getattr(metadata, "launch_cooperative_grid", False) or "gsan" in getattr(metadata, "instrumentation_mode", ""):
         return None
-    scratch = [getattr(metadata, f"{name}_scratch_size", None) for name in ("global", "profile")]
+    scratch = [getattr(metadata, name) for name in ("global_scratch_size", "profile_scratch_size") if hasattr(metadata, name)]
     if any(scratch):
         return None
-    nothing = (None,) * sum(size is not None for size in scratch)  # addresses of memory that it does not use
+    nothing = (None,) * len(scratch)  # addresses of memory that it does not use
     types += "O" * len(nothing)
     function, warps, shared = made.function, metadata.num_warps, metadata.shared
     launch: Any = _launcher
@@ -59,6 +60,7 @@ class Plan:
         self.kernel, self.constants = kernel, constants
         self.options = {"enable_fp_fusion": False, **options}
         self.launches: Callable[..., None] | None = None
+        self.made: Any = None  # held, since with it goes the code
 
     def launch(self, stream: int, programs: int, tensors: tuple[Tensor, ...], scalars: tuple[float, ...]) -> None:
         """So many programs, with arguments in the order of the kernel's parameters: tensors, numbers, constants."""
@@ -67,6 +69,7 @@ class Plan:
             return
         made = self.kernel[(programs,)](*tensors, *scalars, *self.constants, **self.options)
         if made is not None:  # an interpreter gives None
+            self.made = made
             self.launches = _launches(made, len(tensors) + len(scalars)) or self._by_triton(made)
 
     def _by_triton(self, made: Any) -> Callable[..., None]:

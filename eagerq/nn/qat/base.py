@@ -36,7 +36,7 @@ _BIAS_SHIFT = 2.0**16
 _BOOKKEEPING = frozenset(vars(nn.Module())) | {"training"}
 
 #: The methods that make a QAT module's output, and where this library's are written.
-_COMPUTING = ("compute", "train_compute", "preactivation")
+_COMPUTING = ("compute", "train_compute", "preactivation", "before_norm", "norm_input", "ends_with_norm")
 _WRITTEN_IN = frozenset({"eagerq.nn.qat.base", "eagerq.nn.qat.mixins"})
 
 
@@ -170,7 +170,8 @@ class QATBase(Settles, FollowsEngine, nn.Module):
         quantizes_input = member(self, "input_fake_quant")
         if quantizes_input is not None:
             input = quantizes_input(input)
-        settled = None if args or kwargs else self.settled()
+        alone = not (args or kwargs)
+        settled = self.settled() if alone else None
         quantizer = member(self, "activation_post_process")
         before: tuple[nn.Module, Tensor] | None = None
         if settled is not None:  # at a norm, since there is nothing else here
@@ -184,7 +185,8 @@ class QATBase(Settles, FollowsEngine, nn.Module):
             norm, x = before
             done: Tensor | None = quantizer.of_norm(norm, x) if is_plain_norm(norm, x) else None
             if done is not None:
-                self.settle_end(x, quantizer, norm)
+                if alone:
+                    self.settle_end(x, quantizer, norm)
                 return done
         out = self.compute(input, *args, **kwargs) if before is None else before[0](before[1])
         if quantizer is not None:

@@ -209,7 +209,8 @@ class HoldsAct(QATBase):
         quantizer = member(self, "activation_post_process")
         if quantizes_input is not None:
             input = quantizes_input(input)
-        settled = None if args or kwargs else self.settled()
+        alone = not (args or kwargs)
+        settled = self.settled() if alone else None
         before: tuple[nn.Module, Tensor] | None = None
         if settled is not None:
             x = self.norm_input(input) if settled.with_norm else self.preactivation(input)
@@ -228,17 +229,19 @@ class HoldsAct(QATBase):
             if is_plain_norm(norm, x):
                 done = quantizer.of_norm(norm, x, bounds) if steps is None else steps.of_norm(norm, x, quantizer)
             if done is not None:
-                self.settle_end(x, quantizer, norm, act)
+                if alone:
+                    self.settle_end(x, quantizer, norm, act)
                 return done
             x = norm(x)
         if steps is not None and (done := steps.in_one_pass(x, quantizer)) is not None:
-            if before is None:
+            if before is None and alone:
                 self.settle_end(x, quantizer, None, act)
             return done
         if bounds is None and is_gelu(act) and type(quantizer) is FakeQuantize and not is_hooked(quantizer):
             done = quantizer.of_gelu(x)
             if done is not None:
-                self.settle_end(x, quantizer, None, act)
+                if alone:
+                    self.settle_end(x, quantizer, None, act)
                 return done
         return activated(act, bounds, quantizer, x)
 

@@ -28,7 +28,6 @@ from eagerq.quant.operators import (
 )
 from eagerq.quant.plain_kernels import state_before
 from eagerq.quant.spec import QConfig
-from eagerq.quant.watched import Watched
 
 #: f(x) = x g(x), as the engine multiplies; torch's class of f, f and g.
 _GATED: tuple[tuple[type[nn.Module], Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]], ...] = (
@@ -64,7 +63,7 @@ def _is_tabled(act: nn.Module) -> bool:
     return type(act) in [kind for kind, _ in _TABLED] or _squash_of(act) is not None
 
 
-class SplitActivation(Watched):
+class SplitActivation(nn.Module):
     r"""``act`` of a quantized input; SiLU and Hardswish as :math:`Q(x)\,Q(g(Q(x)))`, where the config names their gate.
 
     The output is quantized by the module that holds this one. ``input_fake_quant`` quantizes what the linear map
