@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from eagerq.quant import fast_kernels
 from eagerq.quant.layout import has_channels_last
@@ -32,7 +33,6 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _members = dict.values
 _END = object()
 
-
 class Unchanged:
     """A module and its parts, whose attributes, parameters, buffers and members are the objects they were, and the parts' types.
 
@@ -40,36 +40,36 @@ class Unchanged:
 
     Args:
         owner: the module, whose hooks and parameters may be any; it is not held, since it holds this.
-        parts: the others. Of observers, which kernels do not call, hooks are not asked.
+        parts: the others. Of observers, which kernels do not call, only what they hold is asked.
     """
 
     def __init__(self, owner: nn.Module, parts: Iterable[nn.Module]) -> None:
         own = vars(owner)
         self._size, self._own = len(own), [*(name for name in _ATTRIBUTES if name in own), "_modules", "_buffers"]
         self._own_values = [own[name] for name in self._own]
-        self._parts = [*parts]
-        self._types = [*map(type, self._parts)]
-        self._spaces = [vars(part) for part in self._parts]
-        self._sizes = [*map(len, self._spaces)]
         facts: list[tuple[dict[str, Any], str]] = []
-        members: list[tuple[dict[str, Any], str]] = []
-        hooks: list[tuple[dict[str, Any], str]] = [(vars(torch.nn.modules.module), f"_global{kind}") for kind in _HOOKS]
-        for part, space in zip(self._parts, self._spaces, strict=True):
-            observes = isinstance(part, Observer)
-            facts += [(space, name) for name in (_OF_OBSERVERS if observes else _ATTRIBUTES) if name in space]
-            members += [(space, name) for name in _MEMBERS if space[name]]
-            hooks += [] if observes else [(space, kind) for kind in _HOOKS]
+        dicts, called = [own["_modules"], own["_buffers"]], []
+        for part in parts:
+            space = vars(part)
+            names = _OF_OBSERVERS if isinstance(part, Observer) else _ATTRIBUTES
+            full = [name for name in _MEMBERS if space[name]]
+            facts += [(space, name) for name in (*names, *full) if name in space]
+            dicts += [space[name] for name in full]
+            if not isinstance(part, Observer):
+                called.append(part)
         self._places, self._names = [place for place, _ in facts], [name for _, name in facts]
         self._values = [*map(getitem, self._places, self._names)]
-        self._held = [members for members in (own["_modules"], own["_buffers"]) if members]
-        self._holders, self._kinds = [holder for holder, _ in members], [kind for _, kind in members]
+        self._dicts = [members for members in dicts if members]
         self._members = [*self._all_members()]
-        self._hooked, self._hooks = [place for place, _ in hooks], [name for _, name in hooks]
+        self._parts, self._types, self._spaces = called, [*map(type, called)], [*map(vars, called)]
+        self._sizes = [*map(len, self._spaces)]
+        self._hooked = [(vars(torch.nn.modules.module), f"_global{kind}") for kind in _HOOKS]
+        self._hooked += [(space, kind) for space in self._spaces for kind in _HOOKS]
+        self._handles: Any = None
 
     def _all_members(self) -> Iterable[Any]:
         """By way of the dicts themselves: looked up by name they take longer than all else. The end tells that none is gone."""
-        of_parts = map(getitem, self._holders, self._kinds)
-        return chain(chain.from_iterable(map(_members, chain(self._held, of_parts))), (_END,))
+        return chain(chain.from_iterable(map(_members, self._dicts)), (_END,))
 
     def holds(self, owner: nn.Module) -> bool:
         """Whether all of it is so."""
@@ -83,7 +83,17 @@ class Unchanged:
             return False
         if not (same and all(map(is_, self._all_members(), self._members))):
             return False
-        return all(map(is_, map(type, self._parts), self._types)) and not any(map(getitem, self._hooked, self._hooks))
+        return all(map(is_, map(type, self._parts), self._types)) and not self._has_hooks()
+
+    def _has_hooks(self) -> bool:
+        """Whether a part has hooks, or all modules have: looked for where a hook was put anywhere since, which PyTorch counts."""
+        handles = getattr(RemovableHandle, "next_id", None)
+        if handles is not None and handles == self._handles:
+            return False
+        if any(space[kind] for space, kind in self._hooked):
+            return True
+        self._handles = handles
+        return False
 
 
 class Settled:
