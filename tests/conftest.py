@@ -29,11 +29,7 @@ def plain_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors take the ways of CUDA tensors, as on a machine without Triton."""
     monkeypatch.setattr(fast_kernels, "_triton", lambda name: None)
     monkeypatch.setattr(fast_kernels, "are_fast", lambda x: x.dtype in fast_kernels.DTYPES)
-    monkeypatch.setattr(
-        fast_kernels,
-        "is_plain",
-        lambda x: fast_kernels.is_tensor(x) and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack(),
-    )
+    monkeypatch.setattr(fast_kernels, "is_plain", lambda x: fast_kernels.is_tensor(x) and not fast_kernels.is_watched())
 
 
 @pytest.fixture

@@ -304,6 +304,7 @@ def test_hooks_of_every_kind_are_seen(kind: str, plain_launches: None) -> None:
         handle = getattr(part, f"register_{kind}")(lambda *_: None)
         assert model[0].settled() is None
         handle.remove()
+        step(model, 1)
     with getattr(nn.modules.module, f"register_module_{kind}")(lambda *_: None):
         assert model[0].settled() is None
 

@@ -36,13 +36,17 @@ def are_fast(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in DTYPES and _has_triton
 
 
+def is_watched() -> bool:
+    """Whether somebody is to see what is computed: a compiler, a mode, a transform of ``torch.func``, or ``torch.jit.trace``, by
+    which TensorBoard's ``add_graph`` sees a model."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch._C._is_tracing()
+
+
 def is_plain(x: Tensor) -> bool:
     """Whether a kernel may be launched on x at once: the dispatcher takes longer than a small kernel."""
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    return x.is_cuda and type(x) in _PLAIN
+    return not is_watched() and x.is_cuda and type(x) in _PLAIN
 
 
 def is_tensor(x: Any) -> bool:
@@ -60,16 +64,11 @@ def activation(
     x = dense(x)
     if low is not None or high is not None:
         low, high = plain.held(low, x.dtype), plain.held(high, x.dtype)
-    out, mask = torch.empty_like(x), _mask_of(x, rest[-1])
+    out, mask = torch.empty_like(x), plain.mask_like(x, rest[-1], empty)
     kernels.activation_forward(
         x, out, mask if rest[-1] else None, scale, zero_point, min_val, max_val, scratch, low, high, constant, rest[:-1]
     )
     return out, mask
-
-
-def _mask_of(x: Tensor, needs_mask: bool) -> Tensor:
-    """As ``plain.mask_like``."""
-    return empty(x, ((x.numel() + 7) // 8 if needs_mask else 0,), (1,), torch.uint8)
 
 
 def masked_gradient(grad: Tensor, mask: Tensor) -> Tensor:
@@ -90,7 +89,7 @@ def gelu(
     if kernels is None or x.dtype not in DTYPES:
         return plain.gelu(x, scale, zero_point, min_val, max_val, scratch, constant, *rest)
     x = dense(x)
-    out, mask = torch.empty_like(x), _mask_of(x, rest[-1])
+    out, mask = torch.empty_like(x), plain.mask_like(x, rest[-1], empty)
     state, written = (scale, zero_point, min_val, max_val), mask if rest[-1] else None
     kernels.activation_forward(x, out, written, *state, scratch, None, None, constant, rest[:-1], gelu=True)
     return out, mask
@@ -113,7 +112,7 @@ def gated(
     if kernels is None or x.dtype not in DTYPES:
         return plain.gated(x, state, scratch, hard, constant, *rest)
     x = dense(x)
-    out, used = torch.empty_like(x), empty(x, (plain.USED,), (1,), torch.float32)
+    out, used = torch.empty_like(x), plain.used_of(x, new=empty)
     kernels.forward(x, out, used, scratch, state, hard, constant, rest)
     return out, used
 
@@ -135,7 +134,7 @@ def sigmoid(
     if kernels is None or x.dtype not in DTYPES:
         return plain.sigmoid(x, state, scratch, hard, constant, *rest)
     x = dense(x)
-    out, used = torch.empty_like(x), empty(x, (plain.SIGMOID_USED,), (1,), torch.float32)
+    out, used = torch.empty_like(x), plain.used_of(x, plain.SIGMOID_USED, empty)
     kernels.forward(x, out, used, scratch, state, hard, constant, rest)
     return out, used
 
@@ -155,22 +154,11 @@ def _of_norm(x: Tensor, name: str = "norms") -> ModuleType | None:
     return _triton(name) if x.dtype in DTYPES and has_channels_last(x) else None
 
 
-def _kept_of(x: Tensor) -> Tensor:
-    """As ``plain.kept_of``."""
-    return empty(x, (plain.KEPT + 2 * x.shape[1],), (1,), torch.float32)
-
-
-def _sums_of(x: Tensor) -> Tensor:
-    """As ``plain.sums_of``."""
-    channels = x.shape[1]
-    return empty(x, (2, channels), (channels, 1), torch.float32)
-
-
 def norm_statistics(x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> Tensor:
     kernels = _of_norm(x)
     if kernels is None:
         return plain.norm_statistics(x, weight, bias, *rest)
-    kept = _kept_of(x)
+    kept = plain.kept_of(x, empty)
     kernels.forward(x, None, kept, weight, bias, *rest)
     return kept
 
@@ -179,7 +167,7 @@ def norm_activation(x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest
     kernels = _of_norm(x)
     if kernels is None:
         return plain.norm_activation(x, weight, bias, *rest)
-    out, kept = torch.empty_like(x), _kept_of(x)
+    out, kept = torch.empty_like(x), plain.kept_of(x, empty)
     kernels.forward(x, out, kept, weight, bias, *rest)
     return out, kept
 
@@ -188,7 +176,7 @@ def norm_sums(grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | Non
     kernels = _of_norm(x) if grad.dtype in DTYPES else None
     if kernels is None:
         return plain.norm_sums(grad, x, weight, bias, kept, *rest)
-    found = _sums_of(x)
+    found = plain.sums_of(x, empty)
     kernels.backward(grad.contiguous(memory_format=memory_format(x)), x, None, found, weight, bias, kept)
     return found
 
@@ -202,7 +190,7 @@ def norm_gradient(
         found = plain.norm_sums(grad, x, weight, bias, kept, *rest)
         return plain.norm_gradient(grad, x, weight, bias, kept, found, *rest), found
     grad = grad.contiguous(memory_format=memory_format(x))
-    out, found = torch.empty_like(grad), _sums_of(x)
+    out, found = torch.empty_like(grad), plain.sums_of(x, empty)
     kernels.backward(grad, x, out, found, weight, bias, kept)
     return out, found
 
@@ -211,7 +199,7 @@ def norm_gated(x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any
     kernels = _of_norm(x, "gated_norms")
     if kernels is None:
         return plain.norm_gated(x, weight, bias, *rest)
-    out, used, kept = torch.empty_like(x), empty(x, (plain.USED,), (1,), torch.float32), _kept_of(x)
+    out, used, kept = torch.empty_like(x), plain.used_of(x, new=empty), plain.kept_of(x, empty)
     kernels.forward(x, out, kept, used, weight, bias, *rest)
     return out, used, kept
 
@@ -223,7 +211,7 @@ def norm_gated_gradient(
     if kernels is None:
         return plain.norm_gated_gradient(grad, x, weight, bias, kept, *rest)
     grad = grad.contiguous(memory_format=memory_format(x))
-    out, found = torch.empty_like(grad), _sums_of(x)
+    out, found = torch.empty_like(grad), plain.sums_of(x, empty)
     kernels.backward(grad, x, out, found, weight, bias, kept, *rest)
     return out, found
 

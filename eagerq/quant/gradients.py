@@ -111,6 +111,7 @@ class Gelu(torch.autograd.Function):
         if grad is None:
             return None, None
         x, mask = ctx.saved_tensors
+        x = x.contiguous(memory_format=ctx.format)  # hooks on saved tensors may lay it out anew, and the mask is by memory
         if not fast.is_tensor(grad):
             return torch.ops.aten.gelu_backward(_traced_gradient(grad, mask, ctx.format), x), None
         if torch.is_grad_enabled():  # somebody will differentiate the gradient, by x too

@@ -12,7 +12,13 @@ _on_current_device: Any = getattr(getattr(getattr(torch._C, "_dynamo", None), "g
 
 
 def empty(x: Tensor, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory where ``x`` lies, which is no subclass; for kernels, so no mode of the dispatcher sees it."""
+    """Memory where ``x`` lies, which is no subclass; for kernels, so no mode of the dispatcher sees it.
+
+    Args:
+        x: on any device.
+        size, stride: tuples, and no ``torch.Size``.
+        dtype: of the values, which are not set.
+    """
     if x.is_cuda and _on_current_device is not None and x.get_device() == torch._C._cuda_getDevice():
         memory: Tensor = _on_current_device(size, stride, dtype)
         return memory

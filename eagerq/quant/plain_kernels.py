@@ -6,6 +6,7 @@ Also what both agree on: how a mask and a quantizer's scratch memory lie.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from eagerq.quant.spec import Grid
 
 #: A quantizer's scale, zero point, least and greatest value.
 State = tuple[Tensor, Tensor, Tensor, Tensor]
+#: Makes memory where a tensor lies, of sizes, strides and a dtype.
+Allocator = Callable[[Tensor, tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
 #: Blocks of a norm's channels, at most, of which each has a count of the programs that are done.
 BLOCKS = 64
 #: Words of scratch memory of a quantizer, int32 and zero at first: what the programs of one launch share (the batch's range,
@@ -58,9 +61,14 @@ def quantizer_state(scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val:
     return torch.cat([t.reshape(-1).to(scale.dtype) for t in (scale, zero_point, min_val, max_val)]).view(4, -1)
 
 
-def mask_like(x: Tensor, needs_mask: bool) -> Tensor:
+def _new(x: Tensor, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """By PyTorch's own allocator, which knows fake tensors too."""
+    return torch.empty_strided(size, stride, dtype=dtype, device=x.device)
+
+
+def mask_like(x: Tensor, needs_mask: bool, new: Allocator = _new) -> Tensor:
     """Memory of a mask: a bit a value, or nothing."""
-    return torch.empty((x.numel() + 7) // 8 if needs_mask else 0, dtype=torch.uint8, device=x.device)
+    return new(x, ((x.numel() + 7) // 8 if needs_mask else 0,), (1,), torch.uint8)
 
 
 def _bits(device: torch.device) -> Tensor:
@@ -214,19 +222,20 @@ def gated_gradient(grad: Tensor, x: Tensor, used: Tensor, hard: bool, quant_min:
     return torch.where(passes & y_passes, grad.float() * slope, 0.0).to(grad.dtype)
 
 
-def used_of(x: Tensor, numbers: int = USED) -> Tensor:
+def used_of(x: Tensor, numbers: int = USED, new: Allocator = _new) -> Tensor:
     """Memory of what a gate's forward keeps, or a sigmoid's."""
-    return torch.empty(numbers, dtype=torch.float32, device=x.device)
+    return new(x, (numbers,), (1,), torch.float32)
 
 
-def kept_of(x: Tensor) -> Tensor:
+def kept_of(x: Tensor, new: Allocator = _new) -> Tensor:
     """Memory of what a norm's forward keeps."""
-    return torch.empty(KEPT + 2 * x.shape[1], dtype=torch.float32, device=x.device)
+    return new(x, (KEPT + 2 * x.shape[1],), (1,), torch.float32)
 
 
-def sums_of(x: Tensor) -> Tensor:
+def sums_of(x: Tensor, new: Allocator = _new) -> Tensor:
     """Memory of what a norm's backward sums."""
-    return torch.empty(2, x.shape[1], dtype=torch.float32, device=x.device)
+    channels = x.shape[1]
+    return new(x, (2, channels), (channels, 1), torch.float32)
 
 
 def _along_channels(values: Tensor, x: Tensor) -> Tensor:

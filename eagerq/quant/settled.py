@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from eagerq.quant import fast_kernels
 from eagerq.quant.layout import has_channels_last
@@ -63,9 +62,9 @@ class Unchanged:
         self._members = [*self._all_members()]
         self._parts, self._types, self._spaces = called, [*map(type, called)], [*map(vars, called)]
         self._sizes = [*map(len, self._spaces)]
-        self._hooked = [(vars(torch.nn.modules.module), f"_global{kind}") for kind in _HOOKS]
-        self._hooked += [(space, kind) for space in self._spaces for kind in _HOOKS]
-        self._handles: Any = None
+        hooks = [(vars(torch.nn.modules.module), f"_global{kind}") for kind in _HOOKS]
+        hooks += [(space, kind) for space in self._spaces for kind in _HOOKS]
+        self._hooked, self._hooks = [place for place, _ in hooks], [name for _, name in hooks]
 
     def _all_members(self) -> Iterable[Any]:
         """By way of the dicts themselves: looked up by name they take longer than all else. The end tells that none is gone."""
@@ -83,17 +82,7 @@ class Unchanged:
             return False
         if not (same and all(map(is_, self._all_members(), self._members))):
             return False
-        return all(map(is_, map(type, self._parts), self._types)) and not self._has_hooks()
-
-    def _has_hooks(self) -> bool:
-        """Whether a part has hooks, or all modules have: looked for where a hook was put anywhere since, which PyTorch counts."""
-        handles = getattr(RemovableHandle, "next_id", None)
-        if handles is not None and handles == self._handles:
-            return False
-        if any(space[kind] for space, kind in self._hooked):
-            return True
-        self._handles = handles
-        return False
+        return all(map(is_, map(type, self._parts), self._types)) and not any(map(getitem, self._hooked, self._hooks))
 
 
 class Settled:
@@ -129,12 +118,17 @@ class Settled:
             self._owner() is owner
             and type(owner) is self._cls
             and (self._methods is None or self._methods(self._cls) == self._computing)
-            and torch._C._current_graph_task_id() == -1  # else a backward runs it again, and it must not learn
             and self._unchanged.holds(owner)
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # to a module of a user's own, which copies or pickles all that it holds
+
     def serves(self, x: Tensor, with_norm: bool = False) -> bool:
         """Whether the steps may be given x, at the norm or behind it."""
+        owner = self._owner()
+        if owner is None or owner.__dict__.get("_settled") is not self:  # forgotten on the way to x
+            return False
         if with_norm is not self.with_norm or not fast_kernels.is_plain(x):
             return False
         device = self._device
@@ -162,10 +156,13 @@ class Settles(nn.Module):
 
     def settled(self) -> Settled | None:
         """What this module came to before, if it would come to it again."""
-        if torch.compiler.is_compiling():
-            return None
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+            return None  # a backward that runs it again must not learn
         settled: Settled | None = self.__dict__.get("_settled")
-        return settled if settled is not None and settled.holds(self) else None
+        if settled is None or settled.holds(self):
+            return settled
+        self.unsettle()  # it would hold what is no longer used
+        return None
 
     def settle(
         self, computing: tuple[str, ...], parts: Iterable[nn.Module], norm: nn.Module | None, x: Tensor,
@@ -176,8 +173,9 @@ class Settles(nn.Module):
         self.__dict__["_settled"] = Settled(self, computing, parts, norm, x, call)
 
     def unsettle(self) -> None:
-        """Remember nothing."""
-        self.__dict__.pop("_settled", None)
+        """Remember nothing; also where what runs next is not this library's, and may change what was asked before it."""
+        if not torch.compiler.is_compiling():
+            self.__dict__.pop("_settled", None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "_settled"}  # type: ignore[no-untyped-call]

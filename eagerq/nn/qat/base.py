@@ -36,7 +36,11 @@ _BIAS_SHIFT = 2.0**16
 _BOOKKEEPING = frozenset(vars(nn.Module())) | {"training"}
 
 #: The methods that make a QAT module's output, and where this library's are written.
-_COMPUTING = ("compute", "train_compute", "preactivation", "before_norm", "norm_input", "ends_with_norm")
+_COMPUTING = (
+    "compute", "train_compute", "preactivation", "before_norm", "norm_input", "ends_with_norm", "quantizes_weight_itself"
+)  # fmt: skip
+#: What parts are to hold numbers in.
+_NUMBERS = ("momentum", "eps", "min_val", "max_val")
 _WRITTEN_IN = frozenset({"eagerq.nn.qat.base", "eagerq.nn.qat.mixins"})
 
 
@@ -212,11 +216,14 @@ class QATBase(Settles, FollowsEngine, nn.Module):
         call = None
         if self._computing is not None and quantizer.may_settle and fast_kernels.is_plain(x):
             call = self.end_call(quantizer, norm, act)
-        # what is computed of others would keep their graph alive
-        if call is None or (norm is not None and any(t is not None and t.grad_fn is not None for t in norm._parameters.values())):
+        held = () if norm is None else norm._parameters.values()
+        if call is None or any(t is not None and type(t) is not nn.Parameter for t in held):  # one call's, to be kept by nobody
             self.unsettle()
             return
         inside = [m for part in (norm, act, quantizer) if part is not None for m in part.modules()]
+        if any(isinstance(vars(m).get(name), Tensor) for m in inside for name in _NUMBERS):  # which may be written in place
+            self.unsettle()
+            return
         self.settle(tuple(name for name in _COMPUTING if hasattr(type(self), name)), inside, norm, x, call)
 
     def end_call(self, quantizer: FakeQuantize, norm: nn.Module | None, act: nn.Module | None) -> Call | None:
@@ -308,8 +315,12 @@ class QATOp(Op, QATBase):
         weight = self.effective_weight()
         if quantizer is not None:
             own = type(quantizer) is FakeQuantize and not is_hooked(quantizer)
+            if not own:
+                self.unsettle()
             weight = quantizer.of_weight(weight, self._cast_to(weight)) if own else quantizer(weight)
         listed = "bias" in self._parameters  # else it is parametrized, or a replica's
+        if not listed:
+            self.unsettle()
         return self.op(input, weight, self._parameters["bias"] if listed else self.bias, *args, **kwargs)
 
     def _cast_to(self, weight: Tensor) -> torch.dtype:
@@ -321,7 +332,10 @@ class QATOp(Op, QATBase):
     def effective_weight(self) -> Tensor:
         """The real weight the op applies, of the shape of ``weight``; override it where the float module derives one."""
         weight = self._parameters.get("weight")  # where it lies, unless it is parametrized or a replica's
-        return self.weight if weight is None else weight
+        if weight is None:
+            self.unsettle()
+            return self.weight
+        return weight
 
     def is_deployable(self) -> bool:
         """Whether the module is one linear map in eval."""

@@ -96,6 +96,8 @@ class WithBn(HoldsNorm, QATOp):
         return member(self, "weight_fake_quant") is None or self.quantizes_weight_itself() or not is_foldable(self.bn)
 
     def train_compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if any(part is not None and is_hooked(part) for part in (member(self, "bn"), member(self, "weight_fake_quant"))):
+            self.unsettle()
         if self.ends_with_norm():
             out: Tensor = member(self, "bn")(super().train_compute(input, *args, **kwargs))
             return out
@@ -308,6 +310,8 @@ class NormActQAT(HoldsNorm, HoldsAct):
         return self.bn
 
     def preactivation(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if is_hooked(self.bn):
+            self.unsettle()
         out: Tensor = self.bn(input, *args, **kwargs)
         return out
 
