@@ -206,6 +206,10 @@ class Conversion:
         if failures:
             return "; ".join(map(str, failures.values())), []
         pairs = list(zip(watched.traces, traces, strict=True))
+        for a, b in pairs:
+            before, after = (sorted(t.shapes[v] for v in t.outputs) for t in (a, b))
+            if before != after:
+                return f"its results are of shapes {after} instead of {before}, so it asks modules for their types", []
         return None, [name for name in self.quantizable if any(a.counts[name] != b.counts[name] for a, b in pairs)]
 
     def apply(self, model: nn.Module, record: Record) -> nn.Module:

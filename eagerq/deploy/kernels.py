@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from eagerq.deploy.rewrites import KEPT
 from eagerq.deploy.runtime import session
 from eagerq.extras import require
 from eagerq.tables import table
@@ -35,7 +36,8 @@ class Kernel:
         module: full name of the module it came from; ``""`` for the model itself.
         integer: whether it runs on codes.
         reason: why it runs in float; ``""`` for integers.
-        expected: whether a float one is known to be so: a norm that stayed float, or arithmetic on what is not quantized.
+        expected: whether a float one is known to be so: a norm or a layer that stayed float, or arithmetic on what is not
+            quantized.
     """
 
     op: str
@@ -85,7 +87,7 @@ def kernels_of(proto: Any, modules: Mapping[str, str], quantized: frozenset[str]
 
     Args:
         proto: the model.
-        modules: full module name by node name.
+        modules: full module name by the names of nodes and of their results.
         quantized: names of the modules with integer weights.
         norms: names of the norms that stayed float, which have no integer kernel.
 
@@ -111,17 +113,20 @@ def _classified(
             readers[name].append(node)
     shapes: set[str] = set()  # values that are shapes or indices
 
+    def moves(node: Any) -> bool:
+        return node.op_type in _MOVING or node.name.endswith(KEPT)
+
     def through(name: str) -> Any:
         """The operation that made a value, past those that move it."""
         node = producers.get(name)
-        while node is not None and node.op_type in _MOVING and node.input:
+        while node is not None and moves(node) and node.input:
             node = producers.get(node.input[0])
         return node
 
     def read_by(name: str) -> list[Any]:
         found = []
         for node in readers[name]:
-            found += read_by(node.output[0]) if node.op_type in _MOVING else [node]
+            found += read_by(node.output[0]) if moves(node) else [node]
         return found
 
     for node in graph.node:
@@ -129,7 +134,7 @@ def _classified(
         if node.op_type in ("Shape", "Size") or (given and all(name in shapes for name in given)):
             shapes.update(node.output)
             continue
-        if node.op_type in _EDGES or node.op_type in _MOVING:
+        if node.op_type in _EDGES or moves(node):
             continue
         module = _module_of(node.name, modules)
         if node.op_type.startswith("QLinear") or node.op_type in _INTEGER:
@@ -140,13 +145,17 @@ def _classified(
         after = [reader for name in node.output for reader in read_by(name)]
         to_codes = bool(after) and all(reader.op_type == "QuantizeLinear" for reader in after)
         linear = node.op_type in _LINEAR and module in quantized
-        if not from_codes:
+        stays = node.op_type in _LINEAR and not linear and node.input[1] in constants
+        if stays:
+            reason = "its weights are float"
+        elif not from_codes:
             reason = "reads a tensor that is not quantized"
         elif not to_codes:
             reason = "its result is not quantized"
         else:
             reason = f"the engine has no integer kernel for {node.op_type} here"
-        yield Kernel(node.op_type, module, False, reason, not (linear or (from_codes and to_codes and module not in norms)))
+        known = stays or module in norms
+        yield Kernel(node.op_type, module, False, reason, not (linear or (from_codes and to_codes and not known)))
 
 
 def _module_of(name: str, modules: Mapping[str, str]) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from eagerq.checks import check_model
 from eagerq.deploy.kernels import Export, kernels_of
-from eagerq.deploy.rewrites import pair_moves, sum_hardsigmoids
+from eagerq.deploy.rewrites import keep_float, pair_moves, sum_hardsigmoids
 from eagerq.deploy.subpixel import in_subpixel_form
 from eagerq.deploy.verification import numbered
 from eagerq.errors import ExportError, InputsError, MissingExtraError, StateError
@@ -55,13 +55,13 @@ def export_onnx(
         example_inputs: as for ``plan_fusion``; None takes those the model was fused or converted with.
         opset: ONNX operator set, 17 to 23.
         strict: refuse a file in which ONNX Runtime runs, in float, a linear map with integer weights or another operation
-            between quantized tensors (a norm that stayed float is known to run so).
+            between quantized tensors (norms and layers that stayed float are known to run so).
 
     Returns:
         An ``Export``: the path written, which it can be used as, and the engine's kernels.
 
     Raises:
-        StateError: if the model is not deployed.
+        StateError: if the model is not deployed, or no float32 model.
         InputsError: if there are no example inputs.
         ExportError: if torch.export cannot capture the model, the checker rejects the graph, ``strict`` refuses it or
             the file cannot be written; no file is left.
@@ -73,6 +73,9 @@ def export_onnx(
     check_model(model)
     if not is_deployed(model):
         raise StateError("wanted a deployed model, found one without integer weights; call eagerq.convert first.")
+    kinds = {m.dtype for m in model.modules() if isinstance(m, QuantizedModule)} - {torch.float32}
+    if kinds:
+        raise StateError(f"wanted a float32 model, as engines take it, found {kinds.pop()}; call .float() on a copy of it.")
     if opset not in OPSETS:
         raise ExportError(f"wanted an opset from {OPSETS.start} to {OPSETS.stop - 1}, found {opset!r}.")
     target = Path(path)
@@ -85,9 +88,11 @@ def export_onnx(
     sums = {name for name, module in model.named_modules() if isinstance(module, SplitActivation) and module.sums}
     sum_hardsigmoids(onnx, proto, {node.name for node in proto.graph.node if _scope(node) in sums})
     pair_moves(onnx, proto)
+    keep_float(onnx, proto)
     _unshare(proto)
     _name_codes(proto)
-    modules = {node.name: _scope(node) or "" for node in proto.graph.node}
+    # ONNX Runtime names what it makes of a node after that, or after its result
+    modules = {name: _scope(node) or "" for node in proto.graph.node for name in (node.name, *node.output)}
     if opset < _OLDEST_WRITTEN:
         proto = _older(onnx, proto, opset)
     _describe(proto)
@@ -140,27 +145,31 @@ def _example(model: nn.Module, example_inputs: Any) -> Inputs:
         if value.is_meta:
             value = torch.zeros_like(value, device=device)
         # torch.export takes a batch of one for a constant
-        return torch.cat([value, value]) if value.dim() > 1 and value.shape[0] == 1 else value
+        return torch.cat([value, value]) if opens and value.dim() > 1 and value.shape[0] == 1 else value
 
     run = runs[0]
+    opens = _batches(run) is not None
     return Inputs(tuple(real(v) for v in run.args), {k: real(v) for k, v in run.kwargs.items()})
 
 
-def _exported(model: nn.Module, run: Inputs, opset: int) -> Any:
+def _batches(run: Inputs) -> Any:
+    """Which axes are to stay open, as torch.export takes it; None where it can be told of none."""
+
     def batch(value: Any) -> Any:
         return {0: torch.export.Dim.AUTO} if isinstance(value, Tensor) and value.dim() else None
 
-    simple = all(isinstance(v, Tensor) for v in (*run.args, *run.kwargs.values()))
-    shapes: Any = None
-    if simple:
-        shapes = tuple(batch(v) for v in run.args) if not run.kwargs else None
-        if run.kwargs and not run.args:
-            shapes = {k: batch(v) for k, v in run.kwargs.items()}
+    values = (*run.args, *run.kwargs.values())
+    if not all(isinstance(v, (Tensor, bool, int, float, str, type(None))) for v in values) or (run.args and run.kwargs):
+        return None
+    return {k: batch(v) for k, v in run.kwargs.items()} if run.kwargs else tuple(batch(v) for v in run.args)
+
+
+def _exported(model: nn.Module, run: Inputs, opset: int) -> Any:
     was_training = model.training
     try:
         with _quiet(), torch.no_grad(), in_subpixel_form(model.eval()) as form:
             program = torch.onnx.export(
-                form, run.args, kwargs=run.kwargs, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False
+                form, run.args, kwargs=run.kwargs, dynamo=True, opset_version=opset, dynamic_shapes=_batches(run), verbose=False
             )
         return program.model_proto  # type: ignore[union-attr]
     except Exception as error:

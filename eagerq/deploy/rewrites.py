@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Collection
 from typing import Any
@@ -13,6 +14,8 @@ from eagerq.quant.engine import Grid, hardsigmoid_terms
 #: Operators whose result holds only values of their first input, and that ONNX Runtime 1.32 runs on codes between a
 #: DequantizeLinear and a QuantizeLinear of the same grid. GatherND, Pad and SpaceToDepth it does not.
 _PAIRED = frozenset("Concat DepthToSpace Expand Flatten Gather ReduceMax Resize Split Tile".split())
+#: What ends the name of a node that only keeps its neighbours in float.
+KEPT = "/kept_float"
 #: Such operators that it moves the DequantizeLinear behind by itself.
 _PASSED = frozenset("Identity MaxPool Reshape Slice Squeeze Transpose Unsqueeze".split())
 
@@ -70,6 +73,63 @@ def pair_moves(onnx: Any, proto: Any) -> None:
             codes[name] = again
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def keep_float(onnx: Any, proto: Any) -> None:
+    """Write Max(x, -inf), which is x, where ONNX Runtime's optimiser would compute something else on codes.
+
+    It makes integer kernels of three things that are none: a convolution or Gemm whose weights are float, between quantized
+    tensors (it quantizes the weights itself); two quantizers in a row (it makes one of them, on a third grid); an average pool
+    with ``ceil_mode`` that counts padding (its integer kernel counts otherwise). Behind a Max they run in float, as in the model.
+    """
+    graph = proto.graph
+    stored = {initializer.name for initializer in graph.initializer}
+    producers = {name: node for node in graph.node for name in node.output}
+    readers = _readers(graph)
+    lowest = "lowest"
+
+    def source(name: str) -> Any:
+        """The node that made a value, past those that move it."""
+        node = producers.get(name)
+        while node is not None and node.op_type in (_PASSED | _PAIRED) - {"Concat"}:
+            node = producers.get(node.input[0])
+        return node
+
+    def is_constant(name: str) -> bool:
+        node = producers.get(name)
+        return name in stored or not name or (node is not None and all(map(is_constant, node.input)))
+
+    def has_float_weight(node: Any) -> bool:
+        weight = producers.get(node.input[1])
+        return is_constant(node.input[1]) and (weight is None or weight.op_type != "DequantizeLinear")
+
+    def counts_padding(node: Any) -> bool:
+        return all(any(a.name == name and a.i for a in node.attribute) for name in ("ceil_mode", "count_include_pad"))
+
+    def is_requantized(name: str) -> bool:
+        """Whether a value on one grid is put on another."""
+        before = source(name)
+        if before is None or before.op_type != "DequantizeLinear" or before.input[0] in stored:
+            return False
+        after = [node for node in readers[name] if node.op_type == "QuantizeLinear"]
+        return any([*node.input[1:]] != [*before.input[1:]] for node in after)
+
+    nodes = []
+    for node in graph.node:
+        nodes.append(node)
+        wrong = node.op_type in ("Conv", "ConvTranspose", "Gemm") and has_float_weight(node)
+        wrong = wrong or (node.op_type == "AveragePool" and counts_padding(node))
+        for i, name in enumerate(node.output):
+            if wrong or is_requantized(name):
+                node.output[i] = f"{name}/float"
+                kept = onnx.helper.make_node("Max", [node.output[i], lowest], [name], name=f"{name}{KEPT}")
+                kept.metadata_props.extend(node.metadata_props)
+                nodes.append(kept)
+    if len(nodes) > len(graph.node):
+        graph.initializer.append(onnx.helper.make_tensor(lowest, onnx.TensorProto.FLOAT, [], [float("-inf")]))
+        nodes = [copy.deepcopy(node) for node in nodes]
+        del graph.node[:]
+        graph.node.extend(nodes)
 
 
 def sum_hardsigmoids(onnx: Any, proto: Any, names: Collection[str]) -> None:

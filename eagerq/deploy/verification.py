@@ -157,7 +157,14 @@ def verify_deployment(
     except Exception as error:
         raise ExportError(f"cannot read {os.fspath(path)} as ONNX: {error}; write it with eagerq.export_onnx.") from error
     taps = [name for node in proto.graph.node for name in node.output if name.endswith(CODES)]
-    quantizers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizeDequantize) or _is_activations(m)}
+    quantizers: dict[str, nn.Module] = {}
+    called: dict[nn.Module, str] = {}  # the exporter takes the name by which the forward reached it
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantizeDequantize) or _is_activations(module):
+            if module in called and called[module] + CODES not in taps and name + CODES in taps:
+                del quantizers[called.pop(module)]
+            if module not in called:
+                called[module], quantizers[name] = name, module
     if not {tap.removesuffix(CODES) for tap in taps} & quantizers.keys():
         raise ExportError(
             f"{os.fspath(path)} holds no quantized tensor of this model; write it with eagerq.export_onnx from this very model."
