@@ -18,7 +18,13 @@ from eagerq.nn import intrinsic as nni
 from eagerq.nn import qat as nnqat
 from eagerq.nn.intrinsic import qat as nniqat
 from eagerq.nn.intrinsic.fused import Fused, type_name
-from eagerq.nn.qat.base import QATBase
+from eagerq.nn.modules.activation import ELEMENTWISE
+from eagerq.nn.modules.batchnorm import NORMS_1D, NORMS_2D, NORMS_3D
+from eagerq.nn.modules.conv import Conv2dSame
+from eagerq.nn.qat.base import QATBase, QATOp
+from eagerq.nn.qat.mixins import WithAct, WithBn
+
+_NORMS = (*NORMS_1D, *NORMS_2D, *NORMS_3D)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +38,8 @@ class Patterns:
         only: the chains to fuse; None for all that the fused classes state.
 
     Raises:
-        PatternError: if two fused classes claim one chain, two QAT classes one float class, or a
-            class states none.
+        PatternError: if two fused classes claim one chain, two QAT classes one float class, a class states none, or a QAT
+            class has not the bases that its chain wants.
     """
 
     fused: tuple[type[Fused], ...]
@@ -55,6 +61,9 @@ class Patterns:
                     f"a QAT class is a subclass of eagerq.nn.qat.QATBase that converts a float class, found {qat!r};"
                     " write class MyConvQAT(nnqat.Conv2d, converts=MyConv)."
                 )
+            wrong = _misbuilt(qat)
+            if wrong is not None:
+                raise PatternError(f"{type_name(qat)}, which converts {type_name(qat._FLOAT_MODULE)}, {wrong}.")
         self.chains, self.converts  # noqa: B018  refuses conflicts now, not at first use
 
     @property
@@ -163,6 +172,29 @@ def _sorted(classes: Iterable[Any]) -> tuple[list[type[Fused]], list[type[QATBas
         else:
             raise PatternError(f"a pattern is a subclass of eagerq.nn.intrinsic.Fused or eagerq.nn.qat.QATBase, found {cls!r}.")
     return fused, qat
+
+
+def _misbuilt(cls: type[QATBase]) -> str | None:
+    """What is wrong with the bases of a class that takes a chain apart by mixins; None for one that does so by itself."""
+    chain = getattr(cls._FLOAT_MODULE, "chain", ())
+    adopting = [c for c in cls.__mro__ if "_adopt" in vars(c)]
+    if not chain or not issubclass(cls, QATOp) or not {*adopting} <= {WithAct, WithBn, QATOp, QATBase}:
+        return None
+    mixins = [c for c in adopting if c in (WithAct, WithBn)]
+    if len(mixins) != len(chain) - 1:
+        found = ", ".join(c.__name__ for c in mixins) or "none"
+        return f"wants a WithAct or WithBn for each of the {len(chain) - 1} members behind the chain's first, found {found}"
+    for mixin, types_ in zip(mixins, reversed(chain), strict=False):
+        norms = any(issubclass(t, _NORMS) for t in types_)
+        if norms if mixin is WithAct else any(t in ELEMENTWISE for t in types_):
+            return f"takes {types_[0].__name__} for its {mixin.__name__}; name mixins from the chain's last member to its second"
+    hosts = [c._FLOAT_MODULE for c in cls.__mro__ if issubclass(c, QATOp) and "_FLOAT_MODULE" in vars(c)]
+    if nn.Conv2d in hosts:
+        hosts.append(Conv2dSame)  # every convolution takes over how it pads
+    for t in chain[0]:
+        if t not in hosts and not any(t.forward is h.forward for h in hosts):
+            return f"wants the QAT form of {type_name(t)}, whose forward is its own, among its bases"
+    return None
 
 
 def _public(module: ModuleType) -> tuple[Any, ...]:
