@@ -29,6 +29,15 @@ class Through(nn.Module):
         return self.b(self.between(self.a(x)))
 
 
+class Added(nn.Module):
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.a, self.b, self.p = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), nn.Parameter(torch.full((1,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x) + self.p)
+
+
 def lopsided(*middle: nn.Module) -> nn.Sequential:
     """A channel that is always zero has the largest weights: with one scale a tensor, codes say nothing of the others."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), *middle)
@@ -55,6 +64,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Any, set[str]]] = {
         lambda: nn.Sequential(nn.Conv2d(3, 8, 3), spectral_norm(nn.Conv2d(8, 8, 3)), nn.Conv2d(8, 4, 1)), {}, {"Conv"}
     ),
     "a product by one": (lambda: Through(lambda x: x * 1.0), {}, set()),
+    "a sum with a stored zero": (lambda: Added(0.0), {}, set()),
     "a view": (lambda: Through(lambda x: x.view_as(x)), {}, set()),
     "a pool that counts padding": (lambda: Through(lambda x: F.avg_pool2d(x, 3, 2, ceil_mode=True)), {}, {"AveragePool"}),
     "a padded one": (lambda: Through(lambda x: F.avg_pool2d(x, 3, 2, 1, ceil_mode=True)), {}, {"AveragePool"}),
@@ -163,6 +173,124 @@ def test_an_example_of_one_is_kept_where_no_batch_can_be_open(tmp_path: Path) ->
     assert [d.dim_value for d in onnx.load(os.fspath(path)).graph.input[0].type.tensor_type.shape.dim] == [1, 3, 12, 12]
 
 
+class Branching(nn.Module):
+    """One value, read as it is and quantized again."""
+
+    def __init__(self, again: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.again = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1), again
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return torch.cat([self.b(y), self.c(self.again(y))], 1)
+
+
+#: Nets in which nothing is to be kept from integer kernels that was in them.
+ALL_INTEGER: dict[str, Callable[[], nn.Module]] = {
+    "quantized again by a view": lambda: Branching(lambda y: y.view_as(y)),
+    "quantized again by a product": lambda: Branching(lambda y: y * 1.0),
+    "a pool whose windows fit": lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.AvgPool2d(2, ceil_mode=True), nn.Conv2d(8, 4, 1)),
+    "a padded one whose windows fit": lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.AvgPool2d(2, padding=1, ceil_mode=True), nn.Conv2d(8, 4, 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALL_INTEGER)
+def test_what_codes_serve_stays_on_codes(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 12, 12)
+    model = deployed(ALL_INTEGER[name](), {}, x)
+    export = eagerq.export_onnx(model, tmp_path / "model.onnx", x, strict=True)
+    found = eagerq.verify_deployment(model, export, x)
+    assert (export.floats, found.differing, found.missing) == ((), 0, ())
+    with torch.no_grad():
+        assert float((of_engine(export, x) - model(x)).abs().max()) <= 1e-5
+
+
+def test_a_part_that_is_all_float_is_as_it_was(tmp_path: Path) -> None:
+    """ONNX Runtime fuses it, which a Max would keep it from."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 12, 12)
+    body = [layer for _ in range(3) for layer in (nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())]
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3)), nn.Sequential(*body))
+    path = eagerq.export_onnx(deployed(model, {"1.*": None}, x), tmp_path / "model.onnx", x)
+    kept = [node for node in onnx.load(os.fspath(path)).graph.node if node.op_type == "Max"]
+    assert len(kept) == 1, "behind the first, which reads codes"
+
+
+class Head(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.a, self.h, self.dtype = nn.Conv2d(3, 8, 3), nn.Linear(8, 4, dtype=dtype), dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.h(self.a(x).mean((2, 3)).to(self.dtype))
+
+
+class Lowest(nn.Module):
+    """Whose argument has the name of a constant that is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.f, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor, lowest: Tensor) -> Tensor:
+        return self.b(self.f(self.a(x))) + lowest
+
+
+class Factors(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor, *factors: Any) -> Tensor:
+        y = self.a(x)
+        for factor in factors:
+            y = y * factor
+        return self.b(y)
+
+
+IMAGE = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+UNUSUAL: dict[str, tuple[Callable[[], nn.Module], Any, tuple[Any, ...]]] = {
+    "a half head": (lambda: Head(torch.float16), {"h": None}, (IMAGE,)),
+    "a double head": (lambda: Head(torch.float64), {"h": None}, (IMAGE,)),
+    "a name": (Lowest, {"f": None}, (IMAGE, torch.ones(2, 4, 10, 10))),
+    "a list of numbers": (Factors, {}, (IMAGE, 0.5, 2.0)),
+    "a list of tensors": (Factors, {}, (IMAGE, torch.ones(2, 4, 10, 10))),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_less_usual_models_are_written(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    make, rules, inputs = UNUSUAL[name]
+    model = deployed(make(), rules, *inputs)
+    path = eagerq.export_onnx(model, tmp_path / "model.onnx", inputs)
+    assert eagerq.verify_deployment(model, path, inputs).differing == 0
+
+
+class Called(nn.Module):
+    """One module, by two names in one forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.last = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 2, 1)
+        self.encoder = self.body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.encoder(self.body(x) * 0.5))
+
+
+def test_every_call_by_whatever_name_is_compared(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = deployed(Called(), {}, IMAGE)
+    path = eagerq.export_onnx(model, tmp_path / "model.onnx", IMAGE)
+    taps = [n for node in onnx.load(os.fspath(path)).graph.node for n in node.output if n.endswith(".codes")]
+    found = eagerq.verify_deployment(model, path, IMAGE)
+    assert found.same and {row.name for row in found.rows} == {tap.removesuffix(".codes") for tap in taps}
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 def test_a_model_of_another_dtype_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     x = torch.randn(2, 3, 12, 12)
@@ -192,3 +320,22 @@ def test_a_forward_that_gives_other_shapes_when_converted_is_refused() -> None:
     with pytest.raises(eagerq.errors.StateError, match="asks modules for their types"):
         eagerq.convert_qat(model, example_inputs=x)
     assert {name: type(m) for name, m in model.named_modules()} == before
+
+
+class Picking(nn.Module):
+    """Whose result has the shape of its values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x))
+        return y[y > 0.1]
+
+
+def test_a_result_with_the_shape_of_its_values_is_no_reason_to_refuse() -> None:
+    for seed in range(5):
+        torch.manual_seed(seed)
+        x = torch.randn(4, 3, 12, 12)
+        eagerq.convert_qat(eagerq.fuse_modules(Picking(), example_inputs=x), example_inputs=x)

@@ -149,6 +149,20 @@ def test_a_number_that_is_written_in_place_is_seen(name: str, old: float, new: f
     assert_seen(train)
 
 
+def test_a_buffer_for_a_number_is_seen(plain_launches: None) -> None:
+    def train(before: Callable[[Any], Any]) -> dict[str, Tensor]:
+        model = net("ReLU")
+        norm = norm_of(model)
+        del norm.momentum
+        norm.register_buffer("momentum", torch.tensor(0.1))
+        for i in (1, 2):
+            step(before(model), i)
+        norm.momentum.fill_(0.9)
+        return step(before(model), 3)
+
+    assert_seen(train)
+
+
 class ByAsking(nniqat.ConvBnReLU2d):
     """A user's own, that says in each batch what is quantized."""
 
@@ -165,6 +179,39 @@ def test_a_class_that_says_what_is_quantized_is_asked(plain_launches: None) -> N
             step(before(model), i)
         model[0].folds[0] = True
         return step(before(model), 3)
+
+    assert_seen(train)
+
+
+class OnTheWay(nniqat.ConvBnReLU2d):
+    """A user's own, whose methods do something beside."""
+
+    def effective_weight(self) -> Tensor:
+        self.beside[0]("effective_weight")
+        return super().effective_weight()
+
+    def op(self, input: Tensor, weight: Tensor, bias: Any, *args: Any, **kwargs: Any) -> Tensor:
+        self.beside[0]("op")
+        return super().op(input, weight, bias, *args, **kwargs)
+
+    def check_norm_input(self, x: Tensor) -> None:
+        self.beside[0]("check_norm_input")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("method", ["effective_weight", "op", "check_norm_input"])
+def test_a_change_by_a_method_of_the_users_is_seen(method: str, change: str, plain_launches: None) -> None:
+    def train(before: Callable[[Any], Any]) -> dict[str, Tensor]:
+        model, steps = net("ReLU"), 0
+
+        def beside(name: str) -> None:
+            if name == method and steps == 3:
+                CHANGES[change](model)
+
+        model[0].__class__, model[0].beside = OnTheWay, [beside]
+        for steps in range(4):
+            step(before(model), steps)
+        return step(before(model), 4)
 
     assert_seen(train)
 

@@ -72,3 +72,39 @@ class Adopting(WithAct, nnqat.Conv2d):
 def test_a_class_that_takes_its_chain_apart_by_itself_may() -> None:
     fused, qat = built("both", (), Adopting, nn.Conv2d)
     assert eagerq.Patterns((fused,), (qat,)).converts[fused] is qat
+
+
+class Computing:
+    """A mixin that says what is computed."""
+
+    def effective_weight(self) -> Tensor:
+        return 2 * self.weight  # type: ignore[attr-defined,no-any-return]
+
+
+def test_a_class_may_say_what_it_computes_without_a_host_of_its_own() -> None:
+    fused, qat = built("both", (WithAct, Computing, WithBn), nnqat.Conv2d)
+    assert eagerq.DEFAULT_PATTERNS.extended(fused, qat).converts[fused] is qat
+
+
+class ByItself(nnqat.Conv2d):
+    @classmethod
+    def from_float(cls, mod: Any, qconfig: Any = None) -> Any:
+        return nnqat.Conv2d.from_float(mod[0], qconfig)
+
+
+def test_a_class_may_convert_by_itself() -> None:
+    fused, qat = built("both", (), ByItself)
+    assert eagerq.DEFAULT_PATTERNS.extended(fused, qat).converts[fused] is qat
+
+
+class Within(nn.Conv2d):
+    """One that computes something else by a method of its base."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
+        return super()._conv_forward(x, weight.abs(), bias)
+
+
+def test_a_method_that_the_forward_calls_counts_too() -> None:
+    fused, qat = built("both", (WithAct, WithBn), nnqat.Conv2d, Within)
+    with pytest.raises(PatternError, match=r"QAT form of .*Within"):
+        eagerq.DEFAULT_PATTERNS.extended(fused, qat)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
+import inspect
 import io
 import os
 import re
@@ -148,11 +149,11 @@ def _example(model: nn.Module, example_inputs: Any) -> Inputs:
         return torch.cat([value, value]) if opens and value.dim() > 1 and value.shape[0] == 1 else value
 
     run = runs[0]
-    opens = _batches(run) is not None
+    opens = _batches(model, run) is not None
     return Inputs(tuple(real(v) for v in run.args), {k: real(v) for k, v in run.kwargs.items()})
 
 
-def _batches(run: Inputs) -> Any:
+def _batches(model: nn.Module, run: Inputs) -> Any:
     """Which axes are to stay open, as torch.export takes it; None where it can be told of none."""
 
     def batch(value: Any) -> Any:
@@ -161,15 +162,22 @@ def _batches(run: Inputs) -> Any:
     values = (*run.args, *run.kwargs.values())
     if not all(isinstance(v, (Tensor, bool, int, float, str, type(None))) for v in values) or (run.args and run.kwargs):
         return None
-    return {k: batch(v) for k, v in run.kwargs.items()} if run.kwargs else tuple(batch(v) for v in run.args)
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if run.kwargs:
+        return {k: batch(v) for k, v in run.kwargs.items()} if {*run.kwargs} <= {*named} else None
+    placed = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+    first, rest = run.args[:placed], run.args[placed:]  # what ``*args`` takes is one entry
+    return (*map(batch, first), tuple(map(batch, rest))) if rest else tuple(map(batch, first))
 
 
 def _exported(model: nn.Module, run: Inputs, opset: int) -> Any:
     was_training = model.training
     try:
         with _quiet(), torch.no_grad(), in_subpixel_form(model.eval()) as form:
+            shapes = _batches(form, run)
             program = torch.onnx.export(
-                form, run.args, kwargs=run.kwargs, dynamo=True, opset_version=opset, dynamic_shapes=_batches(run), verbose=False
+                form, run.args, kwargs=run.kwargs, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False
             )
         return program.model_proto  # type: ignore[union-attr]
     except Exception as error:

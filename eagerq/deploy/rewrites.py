@@ -14,6 +14,7 @@ from eagerq.quant.engine import Grid, hardsigmoid_terms
 #: Operators whose result holds only values of their first input, and that ONNX Runtime 1.32 runs on codes between a
 #: DequantizeLinear and a QuantizeLinear of the same grid. GatherND, Pad and SpaceToDepth it does not.
 _PAIRED = frozenset("Concat DepthToSpace Expand Flatten Gather ReduceMax Resize Split Tile".split())
+_CLAMPS = frozenset({"Relu", "Clip"})
 #: What ends the name of a node that only keeps its neighbours in float.
 KEPT = "/kept_float"
 #: Such operators that it moves the DequantizeLinear behind by itself.
@@ -81,50 +82,91 @@ def keep_float(onnx: Any, proto: Any) -> None:
     It makes integer kernels of three things that are none: a convolution or Gemm whose weights are float, between quantized
     tensors (it quantizes the weights itself); two quantizers in a row (it makes one of them, on a third grid); an average pool
     with ``ceil_mode`` that counts padding (its integer kernel counts otherwise). Behind a Max they run in float, as in the model.
+    Where such a pool's windows fit, ``ceil_mode`` says nothing and is taken away.
     """
     graph = proto.graph
-    stored = {initializer.name for initializer in graph.initializer}
+    values = {initializer.name: onnx.numpy_helper.to_array(initializer) for initializer in graph.initializer}
+    shapes = {v.name: v.type.tensor_type for v in (*graph.value_info, *graph.input, *graph.output)}
     producers = {name: node for node in graph.node for name in node.output}
     readers = _readers(graph)
-    lowest = "lowest"
+    constants = {*values, ""}
+    for node in graph.node:
+        if all(name in constants for name in node.input):
+            constants.update(node.output)
 
-    def source(name: str) -> Any:
+    def changes_nothing(node: Any) -> bool:
+        neutral = {"Add": 0, "Sub": 0, "Mul": 1, "Div": 1}.get(node.op_type)
+        return neutral is not None and any(bool((values[name] == neutral).all()) for name in node.input if name in values)
+
+    def source(name: str, past: frozenset[str]) -> Any:
         """The node that made a value, past those that move it."""
         node = producers.get(name)
-        while node is not None and node.op_type in (_PASSED | _PAIRED) - {"Concat"}:
-            node = producers.get(node.input[0])
+        while node is not None and (node.op_type in past or changes_nothing(node)):
+            node = producers.get(next((name for name in node.input if name not in constants), ""))
         return node
 
-    def is_constant(name: str) -> bool:
-        node = producers.get(name)
-        return name in stored or not name or (node is not None and all(map(is_constant, node.input)))
+    def is_read_from_codes(node: Any) -> bool:
+        before = source(node.input[0], _PASSED | _PAIRED | _CLAMPS)
+        return before is not None and before.op_type == "DequantizeLinear"
 
     def has_float_weight(node: Any) -> bool:
         weight = producers.get(node.input[1])
-        return is_constant(node.input[1]) and (weight is None or weight.op_type != "DequantizeLinear")
+        return node.input[1] in constants and (weight is None or weight.op_type != "DequantizeLinear")
+
+    def attributes(node: Any) -> dict[str, Any]:
+        return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+    def fits(node: Any) -> bool:
+        """Whether a pool's windows end where its padded input does."""
+        given = attributes(node)
+        kernel = given["kernel_shape"]
+        n = len(kernel)
+        strides, pads, dilations = given.get("strides", [1] * n), given.get("pads", [0] * 2 * n), given.get("dilations", [1] * n)
+        kind = shapes.get(node.input[0])
+        sizes = [] if kind is None else [d.dim_value for d in kind.shape.dim][-n:]
+        if len(sizes) != n or not all(sizes):
+            return False
+        axes = zip(sizes, pads[:n], pads[n:], kernel, dilations, strides, strict=True)
+        return all((size + a + b - ((k - 1) * d + 1)) % stride == 0 for size, a, b, k, d, stride in axes)
 
     def counts_padding(node: Any) -> bool:
-        return all(any(a.name == name and a.i for a in node.attribute) for name in ("ceil_mode", "count_include_pad"))
-
-    def is_requantized(name: str) -> bool:
-        """Whether a value on one grid is put on another."""
-        before = source(name)
-        if before is None or before.op_type != "DequantizeLinear" or before.input[0] in stored:
+        given = attributes(node)
+        if node.op_type != "AveragePool" or not (given.get("ceil_mode") and given.get("count_include_pad")):
             return False
-        after = [node for node in readers[name] if node.op_type == "QuantizeLinear"]
-        return any([*node.input[1:]] != [*before.input[1:]] for node in after)
+        if not fits(node):
+            return True
+        kept = [attribute for attribute in node.attribute if attribute.name != "ceil_mode"]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+        return False
 
-    nodes = []
+    def other_grids(name: str) -> list[Any]:
+        """Quantizers that put a value, which is on a grid, on another."""
+        before = source(name, _PASSED | _PAIRED - {"Concat"})
+        if before is None or before.op_type != "DequantizeLinear" or before.input[0] in constants:
+            return []
+        return [n for n in readers[name] if n.op_type == "QuantizeLinear" and [*n.input[1:]] != [*before.input[1:]]]
+
+    def kept(source: str, target: str, node: Any) -> Any:
+        made = onnx.helper.make_node("Max", [source, lowest], [target], name=f"{target}{KEPT}")
+        made.metadata_props.extend(node.metadata_props)
+        return made
+
+    lowest, nodes = f"lowest{KEPT}", []
     for node in graph.node:
         nodes.append(node)
-        wrong = node.op_type in ("Conv", "ConvTranspose", "Gemm") and has_float_weight(node)
-        wrong = wrong or (node.op_type == "AveragePool" and counts_padding(node))
-        for i, name in enumerate(node.output):
-            if wrong or is_requantized(name):
-                node.output[i] = f"{name}/float"
-                kept = onnx.helper.make_node("Max", [node.output[i], lowest], [name], name=f"{name}{KEPT}")
-                kept.metadata_props.extend(node.metadata_props)
-                nodes.append(kept)
+        linear = node.op_type in ("Conv", "ConvTranspose", "Gemm") and has_float_weight(node) and is_read_from_codes(node)
+        if linear or counts_padding(node):
+            name = node.output[0]
+            node.output[0] = f"{name}/float"
+            nodes.append(kept(node.output[0], name, node))
+            continue
+        for name in node.output:
+            again = other_grids(name)
+            if again:
+                nodes.append(kept(name, f"{name}/float", node))
+            for quantizer in again:
+                quantizer.input[0] = f"{name}/float"
     if len(nodes) > len(graph.node):
         graph.initializer.append(onnx.helper.make_tensor(lowest, onnx.TensorProto.FLOAT, [], [float("-inf")]))
         nodes = [copy.deepcopy(node) for node in nodes]

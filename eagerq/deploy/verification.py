@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -157,15 +157,16 @@ def verify_deployment(
     except Exception as error:
         raise ExportError(f"cannot read {os.fspath(path)} as ONNX: {error}; write it with eagerq.export_onnx.") from error
     taps = [name for node in proto.graph.node for name in node.output if name.endswith(CODES)]
-    quantizers: dict[str, nn.Module] = {}
-    called: dict[nn.Module, str] = {}  # the exporter takes the name by which the forward reached it
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, QuantizeDequantize) or _is_activations(module):
-            if module in called and called[module] + CODES not in taps and name + CODES in taps:
-                del quantizers[called.pop(module)]
-            if module not in called:
-                called[module], quantizers[name] = name, module
-    if not {tap.removesuffix(CODES) for tap in taps} & quantizers.keys():
+    quantizers = {m: n for n, m in model.named_modules() if isinstance(m, QuantizeDequantize) or _is_activations(m)}
+    named = {name: module for name, module in model.named_modules(remove_duplicate=False) if module in quantizers}
+    of: dict[nn.Module, list[str]] = {module: [] for module in quantizers}  # by whatever name a call reached it, in their order
+    for tap in taps:
+        name = tap.removesuffix(CODES)
+        first, _, number = name.rpartition(".")
+        module = named.get(name) or (named.get(first) if number.isdigit() else None)
+        if module is not None:
+            of[module].append(tap)
+    if not any(of.values()):
         raise ExportError(
             f"{os.fspath(path)} holds no quantized tensor of this model; write it with eagerq.export_onnx from this very model."
         )
@@ -179,7 +180,7 @@ def verify_deployment(
     found: dict[str, list[int]] = {}
     largest = 0.0
     modes = [(module, module.training) for module in model.modules()]
-    seen: list[tuple[str, Tensor]] = []
+    seen: list[tuple[nn.Module, Tensor]] = []
     try:
         model.eval()
         with torch.no_grad(), exact_mode(model, profile) as exact, _codes_of(quantizers, seen):
@@ -202,8 +203,10 @@ def verify_deployment(
                     )
                 for ours, other in zip(given, theirs, strict=True):
                     largest = max(largest, _apart(ours.cpu(), torch.from_numpy(other)))
-                for tap, ours in _named(seen):
-                    if tap in codes:
+                calls = {module: iter(names) for module, names in of.items()}
+                for module, ours in seen:
+                    tap = next(calls[module], None)
+                    if tap is not None:
                         _compare(found.setdefault(tap.removesuffix(CODES), [0, 0, 0]), ours, torch.from_numpy(codes[tap]))
     finally:
         for module, training in modes:
@@ -214,9 +217,8 @@ def verify_deployment(
             " run some batches in train mode before you compare."
         )
     rows = tuple(TensorDifference(name, *counts) for name, counts in found.items())
-    return Verification(
-        rows, largest, exact, f"ONNX Runtime {runtime.__version__}", tuple(n for n in quantizers if n not in found)
-    )
+    missing = tuple(n for m, n in quantizers.items() if not any(tap.removesuffix(CODES) in found for tap in of[m]))
+    return Verification(rows, largest, exact, f"ONNX Runtime {runtime.__version__}", missing)
 
 
 def _is_activations(module: nn.Module) -> bool:
@@ -239,13 +241,6 @@ def _compare(counts: list[int], ours: Tensor, theirs: Tensor) -> None:
     counts[2] = max(counts[2], int(apart.max()) if apart.numel() else 0)
 
 
-def _named(seen: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Names as the exporter gives them: a quantizer's second call is numbered."""
-    calls: dict[str, int] = {}
-    for name, codes in seen:
-        yield numbered(name, calls), codes
-
-
 def numbered(name: str, calls: dict[str, int]) -> str:
     """The name of the codes of a quantizer's next call."""
     calls[name] = calls.get(name, 0) + 1
@@ -253,15 +248,12 @@ def numbered(name: str, calls: dict[str, int]) -> str:
 
 
 @contextlib.contextmanager
-def _codes_of(quantizers: dict[str, nn.Module], seen: list[tuple[str, Tensor]]) -> Iterator[None]:
-    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, CodeTensor) and isinstance(output.value, Coded):
-                seen.append((name, output.value.codes))
+def _codes_of(quantizers: Iterable[nn.Module], seen: list[tuple[nn.Module, Tensor]]) -> Iterator[None]:
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, CodeTensor) and isinstance(output.value, Coded):
+            seen.append((module, output.value.codes))
 
-        return hook
-
-    handles = [module.register_forward_hook(keep(name)) for name, module in quantizers.items()]
+    handles = [module.register_forward_hook(keep) for module in quantizers]
     try:
         yield
     finally:

@@ -39,6 +39,8 @@ _BOOKKEEPING = frozenset(vars(nn.Module())) | {"training"}
 _COMPUTING = (
     "compute", "train_compute", "preactivation", "before_norm", "norm_input", "ends_with_norm", "quantizes_weight_itself"
 )  # fmt: skip
+#: What runs before them.
+_ON_THE_WAY = ("effective_weight", "op", "check_norm_input")
 #: What parts are to hold numbers in.
 _NUMBERS = ("momentum", "eps", "min_val", "max_val")
 _WRITTEN_IN = frozenset({"eagerq.nn.qat.base", "eagerq.nn.qat.mixins"})
@@ -112,6 +114,8 @@ class QATBase(Settles, FollowsEngine, nn.Module):
 
     #: The methods that make the output, if no class of a user's own, however far up, says what is computed.
     _computing: ClassVar[tuple[Any, ...] | None] = None
+    #: Whether code of a user's class runs on the way to the last steps.
+    _runs_own: ClassVar[bool] = False
 
     def __init_subclass__(cls, converts: type[nn.Module] | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -120,6 +124,8 @@ class QATBase(Settles, FollowsEngine, nn.Module):
         methods = [vars(c)[name] for c in cls.__mro__ for name in _COMPUTING if name in vars(c)]
         # by where they were written: a wrapper takes on the name and the module of what it wraps
         written = all(getattr(method, "__globals__", {}).get("__name__") in _WRITTEN_IN for method in methods)
+        users = [c for c in cls.__mro__ if not c.__module__.startswith(("eagerq.", "torch."))]
+        cls._runs_own = any(name in vars(c) for c in users for name in _ON_THE_WAY)
         cls._computing = tuple(getattr(cls, name, None) for name in _COMPUTING) if written else None
 
     def _init_quantizers(self, qconfig: QConfigLike | None) -> None:
@@ -214,14 +220,14 @@ class QATBase(Settles, FollowsEngine, nn.Module):
         if torch.compiler.is_compiling() or is_recomputing():
             return
         call = None
-        if self._computing is not None and quantizer.may_settle and fast_kernels.is_plain(x):
+        if self._computing is not None and not self._runs_own and quantizer.may_settle and fast_kernels.is_plain(x):
             call = self.end_call(quantizer, norm, act)
         held = () if norm is None else norm._parameters.values()
         if call is None or any(t is not None and type(t) is not nn.Parameter for t in held):  # one call's, to be kept by nobody
             self.unsettle()
             return
         inside = [m for part in (norm, act, quantizer) if part is not None for m in part.modules()]
-        if any(isinstance(vars(m).get(name), Tensor) for m in inside for name in _NUMBERS):  # which may be written in place
+        if any(isinstance(getattr(m, name, None), Tensor) for m in (norm, act) for name in _NUMBERS):  # and be written in place
             self.unsettle()
             return
         self.settle(tuple(name for name in _COMPUTING if hasattr(type(self), name)), inside, norm, x, call)
