@@ -26,7 +26,7 @@ from eagerq.nn.qat.mixins import WithAct, WithBn
 
 #: By what a float module computes, and by what a QAT class of a user's says that it computes something else.
 _FORWARD = ("forward", "_conv_forward", "_output_padding")
-_COMPUTING = frozenset({"effective_weight", "op", "compute", "train_compute", "forward"})
+_SAYING = frozenset({"effective_weight", "op", "compute", "train_compute", "forward"})
 _NORMS = (*NORMS_1D, *NORMS_2D, *NORMS_3D)
 
 
@@ -181,8 +181,8 @@ def _misbuilt(cls: type[QATBase]) -> str | None:
     """What is wrong with the bases of a class that takes a chain apart by mixins; None for one that does so by itself."""
     chain = getattr(cls._FLOAT_MODULE, "chain", ())
     adopting = [c for c in cls.__mro__ if "_adopt" in vars(c)]
-    own = getattr(cls.from_float, "__func__", None) is not QATBase.from_float.__func__  # type: ignore[attr-defined]
-    if not chain or own or not issubclass(cls, QATOp) or not {*adopting} <= {WithAct, WithBn, QATOp, QATBase}:
+    converts_itself = next(c for c in cls.__mro__ if "from_float" in vars(c)) is not QATBase
+    if not chain or converts_itself or not issubclass(cls, QATOp) or not {*adopting} <= {WithAct, WithBn, QATOp, QATBase}:
         return None
     mixins = [c for c in adopting if c in (WithAct, WithBn)]
     if len(mixins) != len(chain) - 1:
@@ -193,7 +193,7 @@ def _misbuilt(cls: type[QATBase]) -> str | None:
         if norms if mixin is WithAct else any(t in ELEMENTWISE for t in types_):
             return f"takes {types_[0].__name__} for its {mixin.__name__}; name mixins from the chain's last member to its second"
     hosts = [c._FLOAT_MODULE for c in cls.__mro__ if issubclass(c, QATOp) and "_FLOAT_MODULE" in vars(c)]
-    if any(not c.__module__.startswith(("eagerq.", "torch.")) and _COMPUTING & {*vars(c)} for c in cls.__mro__):
+    if any(not c.__module__.startswith(("eagerq.", "torch.")) and _SAYING & {*vars(c)} for c in cls.__mro__):
         return None  # it says by itself what it computes
     if nn.Conv2d in hosts:
         hosts.append(Conv2dSame)  # every convolution takes over how it pads

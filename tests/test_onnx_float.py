@@ -162,9 +162,13 @@ def test_an_example_of_one_is_kept_where_no_batch_can_be_open(tmp_path: Path) ->
     torch.manual_seed(0)
     x = torch.randn(1, 3, 12, 12)
 
-    class Listed(Scaled):
-        def forward(self, xs: list[Tensor]) -> Tensor:  # type: ignore[override]
-            return super().forward(xs[0])
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Scaled()
+
+        def forward(self, xs: list[Tensor]) -> Tensor:
+            return self.net(xs[0])
 
     model = Listed()
     q = eagerq.convert_qat(eagerq.fuse_modules(model, example_inputs=([x],)), example_inputs=([x],))

@@ -130,15 +130,9 @@ def keep_float(onnx: Any, proto: Any) -> None:
         return all((size + a + b - ((k - 1) * d + 1)) % stride == 0 for size, a, b, k, d, stride in axes)
 
     def counts_padding(node: Any) -> bool:
-        given = attributes(node)
-        if node.op_type != "AveragePool" or not (given.get("ceil_mode") and given.get("count_include_pad")):
-            return False
-        if not fits(node):
-            return True
-        kept = [attribute for attribute in node.attribute if attribute.name != "ceil_mode"]
-        del node.attribute[:]
-        node.attribute.extend(kept)
-        return False
+        """Whether it is a pool that ONNX Runtime counts otherwise."""
+        given = attributes(node) if node.op_type == "AveragePool" else {}
+        return bool(given.get("ceil_mode") and given.get("count_include_pad"))
 
     def other_grids(name: str) -> list[Any]:
         """Quantizers that put a value, which is on a grid, on another."""
@@ -155,6 +149,8 @@ def keep_float(onnx: Any, proto: Any) -> None:
     lowest, nodes = f"lowest{KEPT}", []
     for node in graph.node:
         nodes.append(node)
+        if counts_padding(node) and fits(node):
+            node.attribute.remove(next(attribute for attribute in node.attribute if attribute.name == "ceil_mode"))
         linear = node.op_type in ("Conv", "ConvTranspose", "Gemm") and has_float_weight(node) and is_read_from_codes(node)
         if linear or counts_padding(node):
             name = node.output[0]
