@@ -41,19 +41,20 @@ def launches(plain_launches: None, monkeypatch: pytest.MonkeyPatch) -> dict[str,
     def count(module: Any, name: str, as_name: str) -> None:
         launch = getattr(module, name)
 
-        def counting(*args: Any, **options: Any) -> None:
+        def counting(*args: Any, **options: Any) -> Any:
             counts[as_name] = counts.get(as_name, 0) + 1
-            launch(*args, **options)
+            return launch(*args, **options)
 
         monkeypatch.setattr(module, name, counting)
 
-    for name in ("activation_forward", "masked_gradient", "gelu_gradient", "weight_forward"):
+    for name in ("masked_gradient", "gelu_gradient", "weight_forward"):
         count(modules["kernels"], name, name)
-    for name in ("forward", "backward"):
-        count(modules["gates"], name, f"gated_{name}")
-        count(modules["sigmoids"], name, f"sigmoid_{name}")
-        count(modules["norms"], name, f"norm_{name}")
-    count(modules["gated_norms"], "statistics", "norm_forward")
-    count(modules["gated_norms"], "forward", "norm_gated_forward")
+    count(modules["kernels"].Activation, "__call__", "activation_forward")
+    count(modules["gates"].Gated, "__call__", "gated_forward")
+    count(modules["sigmoids"].Sigmoid, "__call__", "sigmoid_forward")
+    count(modules["norms"].Norm, "statistics", "norm_forward")
+    count(modules["gated_norms"].GatedNorm, "__call__", "norm_gated_forward")
+    for name, of in (("gates", "gated"), ("sigmoids", "sigmoid"), ("norms", "norm")):
+        count(modules[name], "backward", f"{of}_backward")
     monkeypatch.setattr(fast_kernels, "_triton", interpreted.kernels)
     return counts

@@ -202,7 +202,7 @@ if "interpreter" in DEVICES:
             for step in batches:
                 x = batch(shape, step, theirs[0], torch.bfloat16, "contiguous")
                 out, mask = torch.empty(shape), plain_kernels.mask_like(x, True)
-                interpreted.kernels("kernels").activation_forward(x, out, mask, *mine, own, *bounds, constant, grid)
+                interpreted.kernels("kernels").Activation(x, *mine, own, *bounds, constant, *grid).launch(x, out, mask)
                 wanted, wanted_mask = plain_kernels.activation(x, *theirs, other, *bounds, constant, *grid, True)
                 assert_identical(out.bfloat16(), wanted)
                 assert_identical(mask, wanted_mask)

@@ -181,27 +181,27 @@ class FakeQuantize(Settles, Quantizer):
             self._note_observed()
         return out
 
-    def norm_call(self, norm: nn.Module, bounds: Bounds) -> operators.Call:
+    def norm_call(self, x: Tensor, norm: nn.Module, bounds: Bounds) -> operators.Call:
         """What ``of_norm`` does while nothing changes that it looks at; for where it ``may_settle``."""
         scratch: Any = self._buffers["scratch"]
-        return operators.norm_call(norm, self.state, scratch, self.learns, bounds, self.constant, self._grid)
+        return operators.norm_call(x, norm, self.state, scratch, self.learns, bounds, self.constant, self._grid)
 
-    def activation_call(self, bounds: Bounds) -> operators.Call:
+    def activation_call(self, x: Tensor, bounds: Bounds) -> operators.Call:
         """What ``of_activation`` does with what a kernel serves, while nothing changes that it looks at."""
         scratch: Any = self._buffers["scratch"]
-        return operators.activation_call(self.state, scratch if self.learns else None, bounds, self.constant, self._grid)
+        return operators.activation_call(x, self.state, scratch if self.learns else None, bounds, self.constant, self._grid)
 
-    def gelu_call(self) -> operators.Call:
+    def gelu_call(self, x: Tensor) -> operators.Call:
         """What ``of_gelu`` does with what its kernel serves, while nothing changes that it looks at."""
         scratch: Any = self._buffers["scratch"]
-        return operators.gelu_call(self.state, scratch if self.learns else None, self.constant, self._grid)
+        return operators.gelu_call(x, self.state, scratch if self.learns else None, self.constant, self._grid)
 
     def _settle_kernel(self, x: Tensor) -> None:
         """Remember that a kernel served x, if it did and would again."""
         if is_recomputing():
             return
         if type(self) is FakeQuantize and self.may_settle and fast_kernels.is_plain(x) and fast_kernels.are_fast(x):
-            self.settle((), (self.activation_post_process,), None, x, self.activation_call((None, None)))
+            self.settle((), (self.activation_post_process,), None, x, self.activation_call(x, (None, None)))
         else:
             self.unsettle()
 

@@ -9,14 +9,14 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from eagerq.quant import plain_kernels as plain
 from eagerq.quant.layout import dense, has_channels_last, memory_format
-from eagerq.quant.memory import empty
+from eagerq.quant.memory import Held, empty
 
 #: What Triton's kernels compute in.
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -54,21 +54,44 @@ def is_tensor(x: Any) -> bool:
     return type(x) in _PLAIN
 
 
-def activation(
-    x: Tensor, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor, scratch: Tensor | None,
-    low: float | None, high: float | None, constant: float | None, *rest: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    kernels = _triton("kernels")
-    if kernels is None or x.dtype not in DTYPES:
-        return plain.activation(x, scale, zero_point, min_val, max_val, scratch, low, high, constant, *rest)
-    x = dense(x)
-    if low is not None or high is not None:
-        low, high = plain.held(low, x.dtype), plain.held(high, x.dtype)
-    out, mask = torch.empty_like(x), plain.mask_like(x, rest[-1], empty)
-    kernels.activation_forward(
-        x, out, mask if rest[-1] else None, scale, zero_point, min_val, max_val, scratch, low, high, constant, rest[:-1]
-    )
-    return out, mask
+class Bound(Protocol):
+    """A kernel bound to all but the tensor that it is given and, where it makes a mask if one is needed, whether it is."""
+
+    held: Held
+
+    def __call__(self, x: Tensor, *needs_mask: bool) -> tuple[Tensor, ...]: ...
+
+
+class Plain:
+    """A plain kernel as a ``Bound``."""
+
+    def __init__(self, kernel: Callable[..., Any], *rest: Any) -> None:
+        self._kernel, self._rest = kernel, rest
+        flat = (t for given in rest for t in (given if isinstance(given, list) else [given]))
+        self.held = Held(*(t for t in flat if isinstance(t, Tensor)))
+
+    def __call__(self, x: Tensor, *needs_mask: bool) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = self._kernel(x, *self._rest, *needs_mask)
+        return found
+
+
+def _bound(kernels: ModuleType | None, name: str, otherwise: Callable[..., Any], x: Tensor, *rest: Any) -> Bound:
+    bound: Bound = Plain(otherwise, *rest) if kernels is None else getattr(kernels, name)(x, *rest)
+    return bound
+
+
+def _kernels_of(x: Tensor, name: str) -> ModuleType | None:
+    """The kernels, where they know x's dtype."""
+    return _triton(name) if x.dtype in DTYPES else None
+
+
+def bound_activation(x: Tensor, *rest: Any) -> Bound:
+    """``activation`` of tensors like x."""
+    return _bound(_kernels_of(x, "kernels"), "Activation", plain.activation, x, *rest)
+
+
+def activation(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return bound_activation(x, *rest[:-1])(x, rest[-1])
 
 
 def masked_gradient(grad: Tensor, mask: Tensor) -> Tensor:
@@ -81,18 +104,13 @@ def masked_gradient(grad: Tensor, mask: Tensor) -> Tensor:
     return out
 
 
-def gelu(
-    x: Tensor, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor, scratch: Tensor | None,
-    constant: float | None, *rest: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    kernels = _triton("kernels")
-    if kernels is None or x.dtype not in DTYPES:
-        return plain.gelu(x, scale, zero_point, min_val, max_val, scratch, constant, *rest)
-    x = dense(x)
-    out, mask = torch.empty_like(x), plain.mask_like(x, rest[-1], empty)
-    state, written = (scale, zero_point, min_val, max_val), mask if rest[-1] else None
-    kernels.activation_forward(x, out, written, *state, scratch, None, None, constant, rest[:-1], gelu=True)
-    return out, mask
+def bound_gelu(x: Tensor, *rest: Any) -> Bound:
+    """``gelu`` of tensors like x."""
+    return _bound(_kernels_of(x, "kernels"), "Gelu", plain.gelu, x, *rest)
+
+
+def gelu(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return bound_gelu(x, *rest[:-1])(x, rest[-1])
 
 
 def gelu_gradient(grad: Tensor, x: Tensor, mask: Tensor) -> Tensor:
@@ -105,16 +123,13 @@ def gelu_gradient(grad: Tensor, x: Tensor, mask: Tensor) -> Tensor:
     return out
 
 
-def gated(
-    x: Tensor, state: list[Tensor], scratch: list[Tensor], hard: bool, constant: float | None, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    kernels = _triton("gates")
-    if kernels is None or x.dtype not in DTYPES:
-        return plain.gated(x, state, scratch, hard, constant, *rest)
-    x = dense(x)
-    out, used = torch.empty_like(x), plain.used_of(x, new=empty)
-    kernels.forward(x, out, used, scratch, state, hard, constant, rest)
-    return out, used
+def bound_gated(x: Tensor, *rest: Any) -> Bound:
+    """``gated`` of tensors like x."""
+    return _bound(_kernels_of(x, "gates"), "Gated", plain.gated, x, *rest)
+
+
+def gated(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return bound_gated(x, *rest)(x)
 
 
 def gated_gradient(grad: Tensor, x: Tensor, used: Tensor, hard: bool, quant_min: int, quant_max: int) -> Tensor:
@@ -127,16 +142,13 @@ def gated_gradient(grad: Tensor, x: Tensor, used: Tensor, hard: bool, quant_min:
     return out
 
 
-def sigmoid(
-    x: Tensor, state: list[Tensor], scratch: list[Tensor], hard: bool, constant: float | None, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    kernels = _triton("sigmoids")
-    if kernels is None or x.dtype not in DTYPES:
-        return plain.sigmoid(x, state, scratch, hard, constant, *rest)
-    x = dense(x)
-    out, used = torch.empty_like(x), plain.used_of(x, plain.SIGMOID_USED, empty)
-    kernels.forward(x, out, used, scratch, state, hard, constant, rest)
-    return out, used
+def bound_sigmoid(x: Tensor, *rest: Any) -> Bound:
+    """``sigmoid`` of tensors like x."""
+    return _bound(_kernels_of(x, "sigmoids"), "Sigmoid", plain.sigmoid, x, *rest)
+
+
+def sigmoid(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return bound_sigmoid(x, *rest)(x)
 
 
 def sigmoid_gradient(grad: Tensor, x: Tensor, used: Tensor, hard: bool, quant_min: int, quant_max: int) -> Tensor:
@@ -154,22 +166,21 @@ def _of_norm(x: Tensor, name: str = "norms") -> ModuleType | None:
     return _triton(name) if x.dtype in DTYPES and has_channels_last(x) else None
 
 
-def norm_statistics(x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> Tensor:
+def norm_statistics(x: Tensor, *rest: Any) -> Tensor:
     kernels = _of_norm(x)
     if kernels is None:
-        return plain.norm_statistics(x, weight, bias, *rest)
-    kept = plain.kept_of(x, empty)
-    kernels.forward(x, None, kept, weight, bias, *rest)
+        return plain.norm_statistics(x, *rest)
+    kept: Tensor = kernels.Norm(x, *rest).kept(x)
     return kept
 
 
-def norm_activation(x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    kernels = _of_norm(x)
-    if kernels is None:
-        return plain.norm_activation(x, weight, bias, *rest)
-    out, kept = torch.empty_like(x), plain.kept_of(x, empty)
-    kernels.forward(x, out, kept, weight, bias, *rest)
-    return out, kept
+def bound_norm(x: Tensor, *rest: Any) -> Bound:
+    """``norm_activation`` of tensors like x, which lie in memory as x does."""
+    return _bound(_of_norm(x), "Norm", plain.norm_activation, x, *rest)
+
+
+def norm_activation(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return bound_norm(x, *rest)(x)
 
 
 def norm_sums(grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor, *rest: Any) -> Tensor:
@@ -195,13 +206,13 @@ def norm_gradient(
     return out, found
 
 
-def norm_gated(x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = _of_norm(x, "gated_norms")
-    if kernels is None:
-        return plain.norm_gated(x, weight, bias, *rest)
-    out, used, kept = torch.empty_like(x), plain.used_of(x, new=empty), plain.kept_of(x, empty)
-    kernels.forward(x, out, kept, used, weight, bias, *rest)
-    return out, used, kept
+def bound_norm_gated(x: Tensor, *rest: Any) -> Bound:
+    """``norm_gated``, as ``bound_norm``."""
+    return _bound(_of_norm(x, "gated_norms"), "GatedNorm", plain.norm_gated, x, *rest)
+
+
+def norm_gated(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return bound_norm_gated(x, *rest)(x)
 
 
 def norm_gated_gradient(

@@ -70,11 +70,13 @@ class Activation(torch.autograd.Function):
 
 
 class ActivationNow(Activation):
-    """Of a plain tensor, the result alone: what else an operator gives autograd would wrap too."""
+    """Of a plain tensor by a kernel that is bound to all else, the result alone: what else an operator gives autograd would wrap
+    too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> Any:
-        out, mask = fast.activation(x, *rest)
+        bound, needs_mask = rest
+        out, mask = bound(x, needs_mask)
         ctx.save_for_backward(mask)
         ctx.set_materialize_grads(False)
         ctx.format = memory_format(out)
@@ -126,7 +128,8 @@ class GeluNow(Gelu):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> Any:
-        out, mask = fast.gelu(x, *rest)
+        bound, needs_mask = rest
+        out, mask = bound(x, needs_mask)
         ctx.save_for_backward(x, mask)
         ctx.set_materialize_grads(False)
         ctx.format = memory_format(out)
@@ -138,15 +141,15 @@ class Gated(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> Any:
         out, used = _below(x, _gated_below, fast.gated, *rest)
         ctx.mark_non_differentiable(used)
-        Gated.keep(ctx, x, used, rest)
+        _, _, hard, _, quant_min, quant_max, *_ = rest
+        Gated.keep(ctx, x, used, (hard, quant_min, quant_max))
         return out, used
 
     @staticmethod
-    def keep(ctx: Any, x: Tensor, used: Tensor, rest: tuple[Any, ...]) -> None:
+    def keep(ctx: Any, x: Tensor, used: Tensor, arguments: tuple[Any, ...]) -> None:
         ctx.save_for_backward(x, used)
         ctx.set_materialize_grads(False)
-        _, _, hard, _, quant_min, quant_max, *_ = rest
-        ctx.arguments = hard, quant_min, quant_max
+        ctx.arguments = arguments
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, None]:  # type: ignore[override]
@@ -161,8 +164,9 @@ class GatedNow(Gated):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> Any:
-        out, used = fast.gated(x, *rest)
-        Gated.keep(ctx, x, used, rest)
+        bound, arguments = rest
+        out, used = bound(x)
+        Gated.keep(ctx, x, used, arguments)
         return out
 
 
@@ -171,7 +175,8 @@ class Sigmoid(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> Any:
         out, used = _below(x, _sigmoid_below, fast.sigmoid, *rest)
         ctx.mark_non_differentiable(used)
-        Gated.keep(ctx, x, used, rest)
+        _, _, hard, _, quant_min, quant_max, *_ = rest
+        Gated.keep(ctx, x, used, (hard, quant_min, quant_max))
         return out, used
 
     @staticmethod
@@ -195,8 +200,9 @@ class SigmoidNow(Sigmoid):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...]) -> Any:
-        out, used = fast.sigmoid(x, *rest)
-        Gated.keep(ctx, x, used, rest)
+        bound, arguments = rest
+        out, used = bound(x)
+        Gated.keep(ctx, x, used, arguments)
         return out
 
 
@@ -235,9 +241,8 @@ class NormNow(Norm):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: tuple[Any, ...]) -> Any:
-        out, kept = fast.norm_activation(x, weight, bias, *rest)
-        low, high, _, quant_min, quant_max, *_ = rest[12:]
-        ctx.arguments, ctx.eps = (low, high, quant_min, quant_max), rest[4]
+        bound, ctx.arguments, ctx.eps = rest
+        out, kept = bound(x)
         ctx.save_for_backward(x, weight, bias, kept)
         ctx.set_materialize_grads(False)
         return out
@@ -250,15 +255,11 @@ class NormGated(torch.autograd.Function):
     ) -> Any:
         out, used, kept = _below(x, _norm_gated_below, fast.norm_gated, weight, bias, *rest)
         ctx.mark_non_differentiable(used, kept)
-        NormGated.keep(ctx, (x, weight, bias, kept, used), rest)
-        return out, used, kept
-
-    @staticmethod
-    def keep(ctx: Any, saved: tuple[Tensor | None, ...], rest: tuple[Any, ...]) -> None:
-        ctx.save_for_backward(*saved)
+        ctx.save_for_backward(x, weight, bias, kept, used)
         ctx.set_materialize_grads(False)
         hard, _, quant_min, quant_max, *_ = rest[8:]
         ctx.arguments, ctx.eps = (hard, quant_min, quant_max), rest[4]
+        return out, used, kept
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -279,8 +280,10 @@ class NormGatedNow(NormGated):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: tuple[Any, ...]) -> Any:
-        out, used, kept = fast.norm_gated(x, weight, bias, *rest)
-        NormGated.keep(ctx, (x, weight, bias, kept, used), rest)
+        bound, ctx.arguments, ctx.eps = rest
+        out, used, kept = bound(x)
+        ctx.save_for_backward(x, weight, bias, kept, used)
+        ctx.set_materialize_grads(False)
         return out
 
 

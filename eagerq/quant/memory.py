@@ -7,6 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: Triton asks the driver about each tensor that it is given, and nothing about addresses.
+address: Any = Tensor.data_ptr
+
+
+class Held:
+    """Tensors that a kernel is given in each launch, and where they lie: who launches later asks first whether they still do."""
+
+    __slots__ = ("addresses", "tensors")
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.tensors, self.addresses = tensors, [*map(address, tensors)]
+
+
 # one of PyTorch's own; where it is gone, the slower one serves
 _on_current_device: Any = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "_empty_strided_cuda", None)
 

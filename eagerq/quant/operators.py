@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +12,23 @@ from torch import Tensor
 from eagerq.quant import fast_kernels as fast
 from eagerq.quant.functional import Bounds
 from eagerq.quant.gradients import ActivationNow, GatedNow, GeluNow, Norm, NormGatedNow, NormNow, SigmoidNow, direct
+from eagerq.quant.memory import Held
 from eagerq.quant.plain_kernels import State
 from eagerq.quant.spec import Grid
 
-#: An operator of one tensor, bound to all else that it takes.
-Call = Callable[[Tensor], Tensor]
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """An operator of one tensor, bound to all else that it takes.
+
+    Attributes:
+        run: the operator.
+        held: of what it is bound to, the tensors that kernels read and write where they lay.
+    """
+
+    run: Callable[[Tensor], Tensor]
+    held: Held
+
 
 _activation_now, _gelu_now, _gated_now, _sigmoid_now = map(direct, (ActivationNow, GeluNow, GatedNow, SigmoidNow))
 _norm_now, _norm_gated_now = map(direct, (NormNow, NormGatedNow))
@@ -43,15 +56,17 @@ def fake_quantize_activation(
         grid: the codes.
     """
     if fast.is_plain(x):
-        return activation_call(state, scratch, bounds, constant, grid)(x)
+        return activation_call(x, state, scratch, bounds, constant, grid).run(x)
     rest = (*state, scratch, *bounds, constant, *grid, torch.is_grad_enabled() and x.requires_grad)
     out: Tensor = _activation(x, *rest)[0]
     return out
 
 
-def activation_call(state: State, scratch: Tensor | None, bounds: Bounds, constant: float | None, grid: Grid) -> Call:
-    """``fake_quantize_activation`` of tensors that are plain, bound to all else."""
-    return _masking(_activation_now, (*state, scratch, *bounds, constant, *grid))
+def activation_call(
+    x: Tensor, state: State, scratch: Tensor | None, bounds: Bounds, constant: float | None, grid: Grid
+) -> Call:
+    """``fake_quantize_activation`` of tensors that are plain, of x's dtype and device, bound to all else."""
+    return _masking(_activation_now, fast.bound_activation(x, *state, scratch, *bounds, constant, *grid))
 
 
 def quantizer_state(state: State) -> State:
@@ -67,20 +82,20 @@ def fake_quantize_gelu(x: Tensor, state: State, scratch: Tensor | None, constant
         x, state, scratch, constant, grid: as of ``fake_quantize_activation``.
     """
     if fast.is_plain(x):
-        return gelu_call(state, scratch, constant, grid)(x)
+        return gelu_call(x, state, scratch, constant, grid).run(x)
     out: Tensor = _gelu(x, *state, scratch, constant, *grid, torch.is_grad_enabled() and x.requires_grad)[0]
     return out
 
 
-def gelu_call(state: State, scratch: Tensor | None, constant: float | None, grid: Grid) -> Call:
-    """``fake_quantize_gelu`` of tensors that are plain, bound to all else."""
-    return _masking(_gelu_now, (*state, scratch, constant, *grid))
+def gelu_call(x: Tensor, state: State, scratch: Tensor | None, constant: float | None, grid: Grid) -> Call:
+    """``fake_quantize_gelu``, as ``activation_call``."""
+    return _masking(_gelu_now, fast.bound_gelu(x, *state, scratch, constant, *grid))
 
 
-def _masking(apply: Any, rest: tuple[Any, ...]) -> Call:
-    """An operator whose last argument is whether there is to be a mask."""
-    without, masked = (*rest, False), (*rest, True)
-    return lambda x: apply(x, masked if x.requires_grad and torch.is_grad_enabled() else without)
+def _masking(apply: Any, bound: Any) -> Call:
+    """An operator that asks whether there is to be a mask."""
+    without, masked = (bound, False), (bound, True)
+    return Call(lambda x: apply(x, masked if x.requires_grad and torch.is_grad_enabled() else without), bound.held)
 
 
 def fake_quantize_gated(
@@ -96,17 +111,18 @@ def fake_quantize_gated(
         constant, grid: of all three.
     """
     if fast.is_plain(x):
-        return gated_call(states, scratch, hard, constant, grid)(x)
+        return gated_call(x, states, scratch, hard, constant, grid).run(x)
     out: Tensor = _gated(x, [t for state in states for t in state], scratch, hard, constant, *grid)[0]
     return out
 
 
 def gated_call(
-    states: tuple[State, State, State], scratch: list[Tensor], hard: bool, constant: float | None, grid: Grid
+    x: Tensor, states: tuple[State, State, State], scratch: list[Tensor], hard: bool, constant: float | None, grid: Grid
 ) -> Call:
-    """``fake_quantize_gated`` of tensors that are plain, bound to all else."""
-    rest = ([t for state in states for t in state], scratch, hard, constant, *grid)
-    return lambda x: _gated_now(x, rest)
+    """``fake_quantize_gated``, as ``activation_call``."""
+    bound = fast.bound_gated(x, [t for state in states for t in state], scratch, hard, constant, *grid)
+    rest = bound, (hard, grid.quant_min, grid.quant_max)
+    return Call(lambda x: _gated_now(x, rest), bound.held)
 
 
 def fake_quantize_sigmoid(
@@ -122,15 +138,18 @@ def fake_quantize_sigmoid(
         constant, grid: of both.
     """
     if fast.is_plain(x):
-        return sigmoid_call(states, scratch, hard, constant, grid)(x)
+        return sigmoid_call(x, states, scratch, hard, constant, grid).run(x)
     out: Tensor = _sigmoid(x, [t for state in states for t in state], scratch, hard, constant, *grid)[0]
     return out
 
 
-def sigmoid_call(states: tuple[State, State], scratch: list[Tensor], hard: bool, constant: float | None, grid: Grid) -> Call:
-    """``fake_quantize_sigmoid`` of tensors that are plain, bound to all else."""
-    rest = ([t for state in states for t in state], scratch, hard, constant, *grid)
-    return lambda x: _sigmoid_now(x, rest)
+def sigmoid_call(
+    x: Tensor, states: tuple[State, State], scratch: list[Tensor], hard: bool, constant: float | None, grid: Grid
+) -> Call:
+    """``fake_quantize_sigmoid``, as ``activation_call``."""
+    bound = fast.bound_sigmoid(x, [t for state in states for t in state], scratch, hard, constant, *grid)
+    rest = bound, (hard, grid.quant_min, grid.quant_max)
+    return Call(lambda x: _sigmoid_now(x, rest), bound.held)
 
 
 def batch_norm_activation(
@@ -172,7 +191,7 @@ def batch_norm_gated(
         learns: whether their states learn.
     """
     if fast.is_plain(x):
-        return norm_gated_call(norm, states, scratch, learns, hard, constant, grid)(x)
+        return norm_gated_call(x, norm, states, scratch, learns, hard, constant, grid).run(x)
     weight, bias, of_norm = _of(norm)
     states_ = [t for state in states for t in state]
     out: Tensor = _norm_gated(x, weight, bias, *of_norm, states_, scratch, learns, hard, constant, *grid)[0]
@@ -180,22 +199,26 @@ def batch_norm_gated(
 
 
 def norm_call(
-    norm: Any, state: State, scratch: Tensor, learns: bool, bounds: Bounds, constant: float | None, grid: Grid
+    x: Tensor, norm: Any, state: State, scratch: Tensor, learns: bool, bounds: Bounds, constant: float | None, grid: Grid
 ) -> Call:
-    """``batch_norm_activation`` of tensors that are plain, bound to all else; for where the state learns what is observed."""
+    """``batch_norm_activation`` of tensors that are plain, and of x's dtype, device and layout, bound to all else; for where the
+    state learns what is observed."""
     weight, bias, of_norm = _of(norm)
-    rest = (*of_norm, *state, scratch, learns, learns, *bounds, constant, *grid)
-    return lambda x: _norm_now(x, weight, bias, rest)
+    bound = fast.bound_norm(x, weight, bias, *of_norm, *state, scratch, learns, learns, *bounds, constant, *grid)
+    rest = bound, (*bounds, grid.quant_min, grid.quant_max), of_norm[-1]
+    return Call(lambda x: _norm_now(x, weight, bias, rest), bound.held)
 
 
 def norm_gated_call(
-    norm: Any, states: tuple[State, State, State], scratch: list[Tensor], learns: bool, hard: bool, constant: float | None,
-    grid: Grid,
+    x: Tensor, norm: Any, states: tuple[State, State, State], scratch: list[Tensor], learns: bool, hard: bool,
+    constant: float | None, grid: Grid,
 ) -> Call:  # fmt: skip
-    """``batch_norm_gated`` of tensors that are plain, bound to all else."""
+    """``batch_norm_gated``, as ``norm_call``."""
     weight, bias, of_norm = _of(norm)
-    rest = (*of_norm, [t for state in states for t in state], scratch, learns, hard, constant, *grid)
-    return lambda x: _norm_gated_now(x, weight, bias, rest)
+    flat = [t for state in states for t in state]
+    bound = fast.bound_norm_gated(x, weight, bias, *of_norm, flat, scratch, learns, hard, constant, *grid)
+    rest = bound, (hard, grid.quant_min, grid.quant_max), of_norm[-1]
+    return Call(lambda x: _norm_gated_now(x, weight, bias, rest), bound.held)
 
 
 def _of(norm: Any) -> tuple[Any, ...]:

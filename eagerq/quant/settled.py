@@ -7,7 +7,7 @@ it is asked whether anything has changed that the answer rests on.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import chain
 from operator import attrgetter, getitem, is_
 from typing import Any
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from eagerq.quant import fast_kernels
 from eagerq.quant.layout import has_channels_last
+from eagerq.quant.memory import address
 from eagerq.quant.observer import Observer
+from eagerq.quant.operators import Call
 
 #: What decides, of the attributes of modules, quantizers, norms and activations, and of observers.
 _ATTRIBUTES = (
@@ -30,6 +32,7 @@ _MEMBERS = ("_modules", "_parameters", "_buffers")
 #: What a module's kinds of hooks, and behind ``_global`` those on all modules, are held in.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _members = dict.values
+_dtype = attrgetter("dtype")
 _END = object()
 
 class Unchanged:
@@ -99,18 +102,16 @@ class Settled:
 
     def __init__(
         self, owner: nn.Module, computing: tuple[str, ...], parts: Iterable[nn.Module], norm: nn.Module | None, x: Tensor,
-        call: Callable[[Tensor], Tensor],
+        call: Call,
     ) -> None:  # fmt: skip
-        parts = [*parts]
-        self._owner, self.call, self.with_norm = weakref.ref(owner), call, norm is not None
+        self._owner, self.call, self.with_norm = weakref.ref(owner), call.run, norm is not None
         self._cls = type(owner)
         self._methods = attrgetter(*computing) if computing else None
         self._computing = self._methods and self._methods(self._cls)
         self._unchanged = Unchanged(owner, parts)
         self._dtype, self._device, self._shape = x.dtype, x.get_device(), x.shape
-        self._scales: list[Any] = [part._buffers["scale"] for part in (owner, *parts) if "scale" in part._buffers]
-        held = () if norm is None else (*norm._parameters.values(), *norm._buffers.values())
-        self._vectors = [t for t in held if t is not None and t.dim()]
+        self._held, self._addresses = call.held.tensors, call.held.addresses
+        self._dtypes = [*map(_dtype, self._held)]
 
     def holds(self, owner: nn.Module) -> bool:
         """Whether ``owner`` would come to these steps again."""
@@ -131,24 +132,12 @@ class Settled:
             return False
         if with_norm is not self.with_norm or not fast_kernels.is_plain(x):
             return False
-        device = self._device
-        if x.dtype != self._dtype or x.get_device() != device:
+        if x.dtype != self._dtype or x.get_device() != self._device:
             return False
         # a tensor whose data was exchanged is the object it was; kernels are given addresses
-        for scale in self._scales:
-            if scale.dtype != torch.float32 or scale.get_device() != device:
-                return False
-        return not with_norm or self._is_for_norm(x)
-
-    def _is_for_norm(self, x: Tensor) -> bool:
-        shape = x.shape
-        if shape != self._shape:  # of other sizes it is asked anew: norms take not all
+        if [*map(address, self._held)] != self._addresses or [*map(_dtype, self._held)] != self._dtypes:
             return False
-        width, device = shape[1:2], self._device
-        for t in self._vectors:
-            if not (fast_kernels.is_tensor(t) and t.shape == width and t.get_device() == device and t.is_contiguous()):
-                return False
-        return has_channels_last(x)
+        return not with_norm or (x.shape == self._shape and has_channels_last(x))  # of other sizes it is asked anew
 
 
 class Settles(nn.Module):
@@ -166,7 +155,7 @@ class Settles(nn.Module):
 
     def settle(
         self, computing: tuple[str, ...], parts: Iterable[nn.Module], norm: nn.Module | None, x: Tensor,
-        call: Callable[[Tensor], Tensor],
+        call: Call,
     ) -> None:  # fmt: skip
         """Remember it; arguments as of ``Settled``."""
         self.__dict__["_settled"] = None  # so that its place is there when attributes are counted

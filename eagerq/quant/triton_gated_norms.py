@@ -12,11 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from eagerq.quant import plain_kernels as plain
+from eagerq.quant.memory import Held, address, empty
 from eagerq.quant.triton_gates import CODES, _by, _gate_of, _gated, _in_use, _learn_both, _product_of, _tabulate, _used
 from eagerq.quant.triton_kernels import _give, _interprets, _seen, _state
 from eagerq.quant.triton_launch import planned, remember, stream_of
-from eagerq.quant.triton_norms import _INTEGERS, _SMALL, Pass, _affine, _in_a_row, _is_last, _statistics, _values
-from eagerq.quant.triton_norms import forward as statistics
+from eagerq.quant.triton_norms import _INTEGERS, _SMALL, Norm, Pass, _affine, _in_a_row, _is_last, _statistics, _values
 
 #: As ``triton_norms._GATED_SUMS``.
 _WRITES = (2048, 3, 1, 80)
@@ -56,7 +57,7 @@ def _gated_rows(
 
 @triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_POINTERS)
 def _norm_gated_forward(
-    x_ptr, out_ptr, weight_ptr, bias_ptr, kept_ptr, used_ptr, g_scratch_ptr, y_scratch_ptr, g_scale_ptr, g_zero_ptr,
+    x_ptr, out_ptr, kept_ptr, used_ptr, weight_ptr, bias_ptr, g_scratch_ptr, y_scratch_ptr, g_scale_ptr, g_zero_ptr,
     g_least_ptr, g_greatest_ptr, y_scale_ptr, y_zero_ptr, y_least_ptr, y_greatest_ptr, rows, chunk, channels, constant,
     AFFINE: tl.constexpr, HARD: tl.constexpr, OBSERVE: tl.constexpr,
     QMIN: tl.constexpr, QMAX: tl.constexpr, LEVELS: tl.constexpr, FIXED_ZERO: tl.constexpr,
@@ -101,35 +102,46 @@ def _norm_gated_forward(
 # --- launches
 
 
-def forward(
-    x: Tensor, out: Tensor, kept: Tensor, used: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor,
-    running_var: Tensor, batches: Tensor | None, momentum: float, eps: float, state: list[Tensor], scratch: list[Tensor],
-    learns: bool, hard: bool, constant: float | None, *grid: Any,
-) -> None:  # fmt: skip
-    """Launch: ``kept``, ``used`` and ``out``, which lies in memory as ``x`` does, of the norm and SiLU or Hardswish in quantized
-    steps.
+class GatedNorm:
+    """The forward's launches, bound to all but x; arguments as of ``Norm`` and ``plain_kernels.norm_gated``.
 
-    The running statistics learn, and where the launch ``learns``, the three quantizers' state.
+    The running statistics learn, and where it ``learns``, the three quantizers' state.
     """
-    stream = stream_of(x)
-    if stream is None:
-        with torch.cuda.device(x.device):
-            rest = (momentum, eps, state, scratch, learns, hard, constant)
-            forward(x, out, kept, used, weight, bias, running_mean, running_var, batches, *rest, *grid)
-        return
-    scale, zero_point, min_val, max_val = state[:4]
-    statistics(
-        x, None, kept, weight, bias, running_mean, running_var, batches, momentum, eps, scale, zero_point, min_val, max_val,
-        scratch[0], learns, learns, None, None, constant, *grid,
-    )  # fmt: skip
-    first, second = kept if weight is None else weight, kept if bias is None else bias
-    flags = (weight is not None, hard, learns)
-    kinds = (x.dtype, first.dtype, second.dtype)
-    key = ("gated norm", x.shape, x.get_device(), x.data_ptr() & 15, kinds, flags, constant is None, grid)
-    writes = planned(key) or remember(
-        key, Pass(x, _norm_gated_forward, (*flags, *grid, constant is None, not _interprets()), False, *_WRITES)
-    )
-    writes.launch(
-        stream, writes.programs, (x, out, first, second, kept, used, scratch[1], scratch[2], *state[4:]),
-        (writes.rows, writes.chunk, writes.channels, float(constant or 0)),
-    )  # fmt: skip
+
+    def __init__(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor,
+        batches: Tensor | None, momentum: float, eps: float, state: list[Tensor], scratch: list[Tensor], learns: bool,
+        hard: bool, constant: float | None, *grid: Any,
+    ) -> None:  # fmt: skip
+        scale, zero_point, min_val, max_val = state[:4]
+        self._norm = Norm(
+            x, weight, bias, running_mean, running_var, batches, momentum, eps, scale, zero_point, min_val, max_val, scratch[0],
+            learns, learns, None, None, constant, *grid,
+        )  # fmt: skip
+        self._of_writes, self._constant = Held(*self._norm.affine, scratch[1], scratch[2], *state[4:]), float(constant or 0)
+        self.held = Held(*self._norm.held.tensors, scratch[1], scratch[2], *state[4:])
+        self._constants = (weight is not None, hard, learns, *grid, constant is None, not _interprets())
+        self._key = ("gated norm", x.get_device(), (x.dtype, *(t.dtype for t in self._norm.affine)), self._constants)
+        self._plans: dict[Any, Pass] = {}
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The result, which lies in memory as x does, and what its backward needs: ``used`` and ``kept``."""
+        stream = stream_of(x)
+        if stream is None:
+            with torch.cuda.device(x.device):
+                return self(x)
+        kept, _ = self._norm.statistics(x, stream)
+        at = x.shape, address(x) & 15
+        writes = self._plans.get(at) or self._plan(x, at)
+        out, used = torch.empty_like(x), empty(x, (plain.USED,), (1,), torch.float32)
+        writes.launch(
+            stream, writes.programs, (x, out, kept, used), (writes.rows, writes.chunk, writes.channels, self._constant),
+            self._of_writes,
+        )  # fmt: skip
+        return out, used, kept
+
+    def _plan(self, x: Tensor, at: tuple[Any, ...]) -> Pass:
+        key = self._key, at
+        plan: Pass = planned(key) or remember(key, Pass(x, _norm_gated_forward, self._constants, False, *_WRITES))
+        self._plans[at] = plan
+        return plan

@@ -6,11 +6,17 @@ until there is one, all is computed.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from eagerq.quant import plain_kernels as plain
+from eagerq.quant.layout import dense
+from eagerq.quant.memory import Held, empty
 from eagerq.quant.triton_kernels import (
     UNITS,
     _clamp,
@@ -25,7 +31,7 @@ from eagerq.quant.triton_kernels import (
     _state,
     _store,
 )
-from eagerq.quant.triton_launch import launch_over
+from eagerq.quant.triton_launch import Over
 
 #: The tables of a gate in what its forward keeps: entries of each, and where they begin.
 CODES = tl.constexpr(plain.CODES)
@@ -369,20 +375,33 @@ def _gated_backward(
 # --- launches
 
 
-def forward(
-    x: Tensor, out: Tensor, used: Tensor, scratch: list[Tensor], state: list[Tensor], hard: bool, constant: float | None,
-    grid: tuple[int, ...],
-) -> None:  # fmt: skip
-    """Launch: ``out`` of ``x``, and ``used``, what its backward needs; with ``scratch`` the state learns."""
-    launch_over(
-        _gated_forward, x, (x, out), (used, *(scratch or [used] * 3), *state), (float(constant or 0),),
-        (hard, bool(scratch), *grid, constant is None), (not _interprets(), _BLOCK), _BLOCK, _WAVES, _WARPS,
-    )  # fmt: skip
+@functools.cache
+def _forwards(*before: Any) -> Over:
+    return Over(_gated_forward, before, (not _interprets(), _BLOCK), _BLOCK, _WAVES, _WARPS)
+
+
+@functools.cache
+def _backwards(*before: Any) -> Over:
+    return Over(_gated_backward, before, (not _interprets(), _BLOCK), _BLOCK, _BACKWARD_WAVES, _WARPS)
+
+
+class Gated:
+    """The launch bound to all but x; arguments as of ``plain_kernels.gated``."""
+
+    def __init__(
+        self, x: Tensor, state: list[Tensor], scratch: list[Tensor], hard: bool, constant: float | None, *grid: Any
+    ) -> None:
+        self._launch = _forwards(hard, bool(scratch), *grid, constant is None)
+        self.held, self._scalars = Held(*(scratch or state[:1] * 3), *state), (float(constant or 0),)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The result, which lies in memory as ``x`` does, and what its backward needs; with ``scratch`` the state learns."""
+        x = dense(x)
+        out, used = torch.empty_like(x), plain.used_of(x, new=empty)
+        self._launch((x, out, used), self._scalars, self.held)
+        return out, used
 
 
 def backward(grad: Tensor, x: Tensor, out: Tensor, used: Tensor, hard: bool, quant_min: int, quant_max: int) -> None:
-    """Launch: the gradient of ``forward``; all lie in memory alike."""
-    launch_over(
-        _gated_backward, x, (grad, x, out), (used,), (), (hard, quant_min, quant_max), (not _interprets(), _BLOCK), _BLOCK,
-        _BACKWARD_WAVES, _WARPS,
-    )  # fmt: skip
+    """Launch: the gradient of the forward; all lie in memory alike."""
+    _backwards(hard, quant_min, quant_max)((grad, x, out, used))

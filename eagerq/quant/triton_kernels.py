@@ -9,13 +9,17 @@ the order they lie in memory; offsets are 64 bits wide.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from eagerq.quant.triton_launch import Plan, address, launch_over, planned, remember, stream_of
+from eagerq.quant import plain_kernels as plain
+from eagerq.quant.layout import dense
+from eagerq.quant.memory import Held, address, empty
+from eagerq.quant.triton_launch import Over, Plan, planned, remember, stream_of
 
 #: Values of one program's step, a multiple of 8: eight neighbours share a byte of the mask.
 _BLOCK = 2048
@@ -441,31 +445,70 @@ def _interprets() -> bool:
     return not isinstance(_code, triton.runtime.JITFunction)
 
 
-def activation_forward(
-    x: Tensor, out: Tensor, mask: Tensor | None, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor,
-    scratch: Tensor | None, low: float | None, high: float | None, constant: float | None, grid: tuple[int, ...],
-    gelu: bool = False,
-) -> None:  # fmt: skip
-    """Launch: ``out`` and ``mask`` of ``x``, which lie in memory as ``x`` does; with ``scratch`` the state learns. Behind a GELU
-    there are no bounds."""
-    launch_over(
-        _activation_forward, x, (x, out, out if mask is None else mask),
-        (scale, zero_point, min_val, max_val, scale if scratch is None else scratch),
-        (float(low or 0), float(high or 0), float(constant or 0)),
-        (low is not None, high is not None, gelu, scratch is not None, mask is not None, *grid, constant is None),
-        (not _interprets(), _BLOCK, _STAGES), _BLOCK,
-        _WAVES if x.element_size() == 2 and x.numel() % _BLOCK == 0 else _FEWER_WAVES, _WARPS,
-    )  # fmt: skip
+@functools.cache
+def _activations(*before: Any) -> Over:
+    return Over(_activation_forward, before, (not _interprets(), _BLOCK, _STAGES), _BLOCK, _WAVES, _WARPS, _FEWER_WAVES)
+
+
+class Activation:
+    """The launch bound to all but x; arguments as of ``plain_kernels.activation``.
+
+    Args:
+        x: of the dtype of all that are given later.
+    """
+
+    _gelu = False
+
+    def __init__(
+        self, x: Tensor, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor, scratch: Tensor | None,
+        low: float | None, high: float | None, constant: float | None, *grid: Any,
+    ) -> None:  # fmt: skip
+        low, high = plain.held(low, x.dtype), plain.held(high, x.dtype)
+        self.held = Held(scale, zero_point, min_val, max_val, scale if scratch is None else scratch)
+        self._scalars = (float(low or 0), float(high or 0), float(constant or 0))  # of an integer Triton may make a constant
+        self._before = low is not None, high is not None, self._gelu, scratch is not None
+        self._after = *grid, constant is None
+        self._launches: dict[bool, Over] = {}
+
+    def __call__(self, x: Tensor, needs_mask: bool) -> tuple[Tensor, Tensor]:
+        """The result and the mask, which lie in memory as ``x`` does."""
+        x = dense(x)
+        out, mask = torch.empty_like(x), plain.mask_like(x, needs_mask, empty)
+        self.launch(x, out, mask if needs_mask else None)
+        return out, mask
+
+    def launch(self, x: Tensor, out: Tensor, mask: Tensor | None) -> None:
+        """Launch: ``out`` and ``mask`` of ``x``, which lie in memory as ``x`` does; with ``scratch`` the state learns."""
+        needs_mask = mask is not None
+        launch = self._launches.get(needs_mask)
+        if launch is None:
+            launch = self._launches[needs_mask] = _activations(*self._before, needs_mask, *self._after)
+        launch((x, out, out if mask is None else mask), self._scalars, self.held)
+
+
+class Gelu(Activation):
+    """As ``Activation``, of ``plain_kernels.gelu``, which has no bounds."""
+
+    _gelu = True
+
+    def __init__(
+        self, x: Tensor, scale: Tensor, zero_point: Tensor, min_val: Tensor, max_val: Tensor, scratch: Tensor | None,
+        constant: float | None, *grid: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(x, scale, zero_point, min_val, max_val, scratch, None, None, constant, *grid)
+
+
+_masked, _through_gelu = (Over(of, (), (_BLOCK,), _BLOCK, _COPIES, _WARPS) for of in (_masked_gradient, _gelu_gradient))
 
 
 def masked_gradient(grad: Tensor, mask: Tensor, out: Tensor) -> None:
     """Launch: ``out`` is ``grad`` where the mask's bit is set, else zero; both lie in memory alike."""
-    launch_over(_masked_gradient, grad, (grad, mask, out), (), (), (), (_BLOCK,), _BLOCK, _COPIES, _WARPS)
+    _masked((grad, mask, out))
 
 
 def gelu_gradient(grad: Tensor, x: Tensor, mask: Tensor, out: Tensor) -> None:
     """Launch: ``out`` is ``grad`` through the mask and GELU's slope at ``x``; all lie in memory alike."""
-    launch_over(_gelu_gradient, grad, (grad, x, mask, out), (), (), (), (_BLOCK,), _BLOCK, _COPIES, _WARPS)
+    _through_gelu((grad, x, mask, out))
 
 
 def weight_forward(

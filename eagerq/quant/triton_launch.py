@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eagerq.quant.memory import Held, address
+
 _dtype = attrgetter("dtype")
-#: Triton asks the driver about each tensor that it is given, and nothing about addresses.
-address: Any = Tensor.data_ptr
 
 
 #: What Inductor launches compiled kernels by: it takes no compile-time constants, and none of Triton's Python lies before it.
@@ -53,6 +53,9 @@ def _launches(made: Any, given: int) -> Callable[..., None] | None:
     return launches
 
 
+NOTHING = Held()
+
+
 class Plan:
     """A kernel, its compile-time constants in the order of its parameters, and once it was launched what launches it."""
 
@@ -62,11 +65,14 @@ class Plan:
         self.launches: Callable[..., None] | None = None
         self.made: Any = None  # held, since with it goes the code
 
-    def launch(self, stream: int, programs: int, tensors: tuple[Tensor, ...], scalars: tuple[float, ...]) -> None:
-        """So many programs, with arguments in the order of the kernel's parameters: tensors, numbers, constants."""
+    def launch(
+        self, stream: int, programs: int, tensors: tuple[Tensor, ...], scalars: tuple[float, ...], held: Held = NOTHING
+    ) -> None:
+        """So many programs, with arguments in the order of the kernel's parameters: tensors, those held, numbers, constants."""
         if self.launches is not None:
-            self.launches(programs, stream, *map(address, tensors), *scalars)
+            self.launches(programs, stream, *map(address, tensors), *held.addresses, *scalars)
             return
+        tensors = (*tensors, *held.tensors)
         made = self.kernel[(programs,)](*tensors, *scalars, *self.constants, **self.options)
         if made is not None:  # an interpreter gives None
             self.made = made
@@ -114,38 +120,60 @@ def processors(x: Tensor) -> int:
     return _multiprocessors(x.get_device()) if x.is_cuda else 1
 
 
-def launch_over(
-    kernel: Any, x: Tensor, large: tuple[Tensor, ...], small: tuple[Tensor, ...], scalars: tuple[float, ...],
-    before: tuple[Any, ...], after: tuple[Any, ...], block: int, waves: int, warps: int,
-) -> None:  # fmt: skip
-    """Launch a kernel over the values of ``x``, if there are any.
+class Over:
+    """Launches of a kernel over the values of tensors, bound to its constants.
 
     Args:
         kernel: its parameters are the tensors, the number of values, the scalars, and constants: ``before``, whether blocks are
             whole, and ``after``.
-        x: where it lies and how many values it has decide.
-        large: tensors whose dtypes and alignment the kernel is compiled for.
-        small: tensors of one dtype each, on whose alignment nothing is specialized.
-        scalars: floats, on which nothing is specialized.
         before, after: the constants; ``after``, block and warps are the same in all launches of the kernel.
         block: values of one program's step.
-        waves: at most so many programs for each multiprocessor; what the key holds decides it.
+        waves: at most so many programs for each multiprocessor.
         warps: of a program.
+        fewer: as ``waves``, for other than whole blocks of 16 bits.
     """
-    n, stream = x.numel(), stream_of(x)
-    if stream is None:
-        with torch.cuda.device(x.device):
-            launch_over(kernel, x, large, small, scalars, before, after, block, waves, warps)
-    elif n:
+
+    def __init__(
+        self, kernel: Any, before: tuple[Any, ...], after: tuple[Any, ...], block: int, waves: int, warps: int,
+        fewer: int | None = None,
+    ) -> None:  # fmt: skip
+        self._kernel, self._before, self._after, self._block, self._warps = kernel, before, after, block, warps
+        self._waves = waves, waves if fewer is None else fewer
+        self._plans: dict[Any, tuple[Plan, int]] = {}
+
+    def __call__(self, large: tuple[Tensor, ...], scalars: tuple[float, ...] = (), held: Held = NOTHING) -> None:
+        """Launch it, if there are any values.
+
+        Args:
+            large: tensors of as many values or, as masks are, fewer than the first, which lies where they do; the kernel is
+                compiled for their dtypes and alignment.
+            scalars: floats, on which nothing is specialized.
+            held: tensors of one dtype each, on whose alignment nothing is specialized.
+        """
+        x = large[0]
+        n, stream = x.numel(), stream_of(x)
+        if stream is None:
+            with torch.cuda.device(x.device):
+                self(large, scalars, held)
+        elif n:
+            apart = 0
+            for t in large:
+                apart |= address(t)
+            at = (n, x.get_device(), apart & 15, *map(_dtype, large))
+            if apart & 15:
+                at = (*at, *(address(t) & 15 for t in large))
+            plan, programs = self._plans.get(at) or self._plan(x, n, at)
+            plan.launch(stream, programs, large, (n, *scalars), held)
+
+    def _plan(self, x: Tensor, n: int, at: tuple[Any, ...]) -> tuple[Plan, int]:
         # of the kernel, which goes with one ``after``, its number: Triton hashes its text; of n what Triton specializes on
-        even = n % block == 0
-        apart = 0
-        for t in large:
-            apart |= address(t)
-        alignments = [address(t) & 15 for t in large] if apart & 15 else ()
-        key = (id(kernel), even, n & 15 == 0, n == 1, n >> 31, x.get_device(), before, *map(_dtype, large), *alignments)
-        plan, most = planned(key) or remember(
-            key, (Plan(kernel, (*before, even, *after), num_warps=warps), processors(x) * waves)
+        even = n % self._block == 0
+        key = (id(self._kernel), even, n & 15 == 0, n == 1, n >> 31, self._before, at[1:])
+        plan: Plan = planned(key) or remember(
+            key, Plan(self._kernel, (*self._before, even, *self._after), num_warps=self._warps)
         )
-        programs = -(-n // block)
-        plan.launch(stream, programs if programs < most else most, (*large, *small), (n, *scalars))
+        waves = self._waves[not (even and x.element_size() == 2)]
+        if len(self._plans) >= _MOST_PLANS:
+            self._plans.clear()
+        self._plans[at] = found = plan, min(-(-n // self._block), processors(x) * waves)
+        return found

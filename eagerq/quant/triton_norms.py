@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from eagerq.quant import plain_kernels as plain
-from eagerq.quant.memory import empty
+from eagerq.quant.memory import Held, address, empty
 from eagerq.quant.triton_gates import CODES, _first_in_use, _gated_gradient, _in_use
 from eagerq.quant.triton_kernels import (
     _bounded,
@@ -254,7 +254,7 @@ def _norm_statistics(
 
 @triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_SMALL)
 def _norm_forward(
-    x_ptr, out_ptr, weight_ptr, bias_ptr, kept_ptr, rows, chunk, channels, low, high,
+    x_ptr, out_ptr, kept_ptr, weight_ptr, bias_ptr, rows, chunk, channels, low, high,
     AFFINE: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, QMIN: tl.constexpr,
     QMAX: tl.constexpr, FUSED: tl.constexpr, STAGES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -454,51 +454,75 @@ class Pass(Plan):
         super().__init__(kernel, (*constants, stages, height, wide), num_warps=_WARPS, **options)
 
 
-def forward(
-    x: Tensor, out: Tensor | None, kept: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor,
-    running_var: Tensor, batches: Tensor | None, momentum: float, eps: float, scale: Tensor, zero_point: Tensor,
-    min_val: Tensor, max_val: Tensor, scratch: Tensor, observes: bool, learns: bool, low: float | None, high: float | None,
-    constant: float | None, *grid: Any,
-) -> None:  # fmt: skip
-    """Launch: ``kept``, what later passes read, of ``x``, and where it is asked for ``out``, which lies in memory as x does.
+class Norm:
+    """The forward's launches, bound to all but x.
 
-    The running statistics learn. Where the launch ``observes``, the range of the batch is taken: the state learns it, or it is
-    kept.
+    Args:
+        x: of the dtype and on the device of all that are given later.
+        others: as of ``plain_kernels.norm_activation``. The running statistics learn. Where it ``observes``, the range of the
+            batch is taken: the state learns it, or it is kept.
     """
-    small = (running_mean, running_var, kept if batches is None else batches, scale, zero_point, min_val, max_val, scratch)
-    stream = stream_of(x)
-    if stream is None:
-        with torch.cuda.device(x.device):
-            rest = (*small[:2], batches, momentum, eps, *small[3:], observes, learns, low, high, constant)
-            forward(x, out, kept, weight, bias, *rest, *grid)
-        return
-    first, second = kept if weight is None else weight, kept if bias is None else bias
-    min_max = constant is None
-    kinds = (x.dtype, first.dtype, second.dtype, running_mean.dtype, running_var.dtype)
-    flags = (weight is not None, batches is not None, observes, learns, low is not None, high is not None)
-    key = ("norm", x.shape, x.get_device(), x.data_ptr() & 15, kinds, flags, low, high, min_max, grid)
-    sums, writes, ends = planned(key) or remember(
-        key,
-        (
-            Pass(x, _norm_statistics, (*flags, *grid, min_max), True, *_FORWARD_SUMS),
-            Pass(x, _norm_forward, (flags[0], *flags[4:], *grid[:2], not _interprets()), False, *_WRITES),
-            _ends(x, low, high),
-        ),
-    )
-    channels = sums.channels
-    constant = float(constant or 0)  # of an integer Triton may make a constant
-    part = empty(x, (4 * sums.parts * channels,), (1,), torch.float32)
-    sums.launch(
-        stream, sums.programs, (x, part, kept, first, second, *small),
-        (sums.rows, sums.chunk, sums.parts, channels, momentum, eps, *ends, constant),
-    )  # fmt: skip
-    if out is not None:
-        writes.launch(stream, writes.programs, (x, out, first, second, kept), (writes.rows, writes.chunk, channels, *ends))
 
+    def __init__(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor,
+        batches: Tensor | None, momentum: float, eps: float, scale: Tensor, zero_point: Tensor, min_val: Tensor,
+        max_val: Tensor, scratch: Tensor, observes: bool, learns: bool, low: float | None, high: float | None,
+        constant: float | None, *grid: Any,
+    ) -> None:  # fmt: skip
+        # for what there is not, an address at which nothing is read
+        self.affine = scale if weight is None else weight, scale if bias is None else bias
+        counted = scale if batches is None else batches
+        self.held = Held(*self.affine, running_mean, running_var, counted, scale, zero_point, min_val, max_val, scratch)
+        self._affine = Held(*self.affine)
+        self._ends = float(plain.held(low, x.dtype) or 0), float(plain.held(high, x.dtype) or 0)
+        self._numbers = (momentum, eps, *self._ends, float(constant or 0))  # of an integer Triton may make a constant
+        self._flags = (weight is not None, batches is not None, observes, learns, low is not None, high is not None)
+        self._grid, self._min_max = grid, constant is None
+        kinds = (x.dtype, *(t.dtype for t in (*self.affine, running_mean, running_var)))
+        self._key = ("norm", x.get_device(), kinds, self._flags, self._min_max, grid)
+        self._plans: dict[Any, Any] = {}
 
-def _ends(x: Tensor, low: float | None, high: float | None) -> tuple[float, float]:
-    """The bounds that x's dtype holds; 0 for none."""
-    return float(plain.held(low, x.dtype) or 0), float(plain.held(high, x.dtype) or 0)
+    def kept(self, x: Tensor) -> Tensor:
+        """What later passes read."""
+        stream = stream_of(x)
+        if stream is None:
+            with torch.cuda.device(x.device):
+                return self.kept(x)
+        return self.statistics(x, stream)[0]
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The result, which lies in memory as x does, and what later passes read."""
+        stream = stream_of(x)
+        if stream is None:
+            with torch.cuda.device(x.device):
+                return self(x)
+        kept, writes = self.statistics(x, stream)
+        out = torch.empty_like(x)
+        numbers = (writes.rows, writes.chunk, writes.channels, *self._ends)
+        writes.launch(stream, writes.programs, (x, out, kept), numbers, self._affine)
+        return out, kept
+
+    def statistics(self, x: Tensor, stream: int) -> tuple[Tensor, Pass]:
+        """What later passes read, on a stream of x's device, which is the current one; and the pass that writes the result."""
+        at = x.shape, address(x) & 15
+        sums, writes, of_parts, of_kept, numbers = self._plans.get(at) or self._plan(x, at)
+        part, kept = empty(x, of_parts, (1,), torch.float32), empty(x, of_kept, (1,), torch.float32)
+        sums.launch(stream, sums.programs, (x, part, kept), numbers, self.held)
+        return kept, writes
+
+    def _plan(self, x: Tensor, at: tuple[Any, ...]) -> Any:
+        flags, grid = self._flags, self._grid
+        sums, writes = planned((self._key, at)) or remember(
+            (self._key, at),
+            (
+                Pass(x, _norm_statistics, (*flags, *grid, self._min_max), True, *_FORWARD_SUMS),
+                Pass(x, _norm_forward, (flags[0], *flags[4:], *grid[:2], not _interprets()), False, *_WRITES),
+            ),
+        )
+        channels = sums.channels
+        sizes = (4 * sums.parts * channels,), (plain.KEPT + 2 * channels,)
+        plan = self._plans[at] = (sums, writes, *sizes, (sums.rows, sums.chunk, sums.parts, channels, *self._numbers))
+        return plan
 
 
 def backward(

@@ -221,7 +221,7 @@ class QATBase(Settles, FollowsEngine, nn.Module):
             return
         call = None
         if self._computing is not None and not self._runs_own and quantizer.may_settle and fast_kernels.is_plain(x):
-            call = self.end_call(quantizer, norm, act)
+            call = self.end_call(x, quantizer, norm, act)
         held = () if norm is None else norm._parameters.values()
         if call is None or any(t is not None and type(t) is not nn.Parameter for t in held):  # one call's, to be kept by nobody
             self.unsettle()
@@ -232,9 +232,9 @@ class QATBase(Settles, FollowsEngine, nn.Module):
             return
         self.settle(tuple(name for name in _COMPUTING if hasattr(type(self), name)), inside, norm, x, call)
 
-    def end_call(self, quantizer: FakeQuantize, norm: nn.Module | None, act: nn.Module | None) -> Call | None:
+    def end_call(self, x: Tensor, quantizer: FakeQuantize, norm: nn.Module | None, act: nn.Module | None) -> Call | None:
         """Those steps, bound to what they read; None where something is asked in each batch."""
-        return None if norm is None else quantizer.norm_call(norm, (None, None))
+        return None if norm is None else quantizer.norm_call(x, norm, (None, None))
 
     def asks_kernels(self, input: Tensor, quantizer: nn.Module | None) -> bool:
         """Whether kernels may compute this module's last steps together: on their devices, of this library's own methods."""

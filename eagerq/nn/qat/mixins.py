@@ -247,13 +247,13 @@ class HoldsAct(QATBase):
                 return done
         return activated(act, bounds, quantizer, x)
 
-    def end_call(self, quantizer: FakeQuantize, norm: nn.Module | None, act: nn.Module | None) -> Call | None:
+    def end_call(self, x: Tensor, quantizer: FakeQuantize, norm: nn.Module | None, act: nn.Module | None) -> Call | None:
         if isinstance(act, SplitActivation):
-            return act.call(quantizer, norm)
+            return act.call(x, quantizer, norm)
         if norm is None or act is None:
-            return quantizer.gelu_call()
+            return quantizer.gelu_call(x)
         bounds = bounds_of(act)
-        return None if bounds is None else quantizer.norm_call(norm, bounds)
+        return None if bounds is None else quantizer.norm_call(x, norm, bounds)
 
     def compute(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out: Tensor = self.act(self.preactivation(input, *args, **kwargs))

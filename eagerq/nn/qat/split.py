@@ -122,7 +122,7 @@ class SplitActivation(nn.Module):
         first = quantizers[0]
         return batch_norm_gated(x, norm, states, scratch, learns, self._is_hard, first.constant, first.spec.grid)
 
-    def call(self, quantizer: FakeQuantize, norm: nn.Module | None) -> Call | None:
+    def call(self, x: Tensor, quantizer: FakeQuantize, norm: nn.Module | None) -> Call | None:
         """What ``of_norm`` does, or without a norm ``in_one_pass``, while nothing changes that they look at; None where
         something does with each batch."""
         quantizers = self._around(quantizer)
@@ -133,8 +133,8 @@ class SplitActivation(nn.Module):
         learns, hard, constant, grid = first.learns, self._is_hard, first.constant, first.spec.grid
         if norm is None:
             bound = sigmoid_call if self.gate is None else gated_call
-            return bound(states, scratch if learns else [], hard, constant, grid)
-        return norm_gated_call(norm, states, scratch, learns, hard, constant, grid)
+            return bound(x, states, scratch if learns else [], hard, constant, grid)
+        return norm_gated_call(x, norm, states, scratch, learns, hard, constant, grid)
 
     def _around(self, quantizer: nn.Module | None) -> tuple[Any, ...]:
         """The quantizers of input, gate, if there is one, and result."""
