@@ -742,9 +742,14 @@ def _with(name: str, value: Any) -> Any:
     [
         _with("weight", nn.Parameter(torch.ones(6))), _with("weight", nn.Parameter(torch.ones(6)[::2])),
         _with("bias", None), _with("running_mean", torch.zeros(1).expand(3)), _with("running_var", torch.ones(3, device="meta")),
-        _without("running_mean"), lambda norm: nn.utils.parametrize.register_parametrization(norm, "weight", nn.Identity()),
+        _with("num_batches_tracked", torch.tensor(0, dtype=torch.int32)),
+        _with("num_batches_tracked", torch.tensor(0, device="meta")), _without("running_mean"),
+        lambda norm: nn.utils.parametrize.register_parametrization(norm, "weight", nn.Identity()),
     ],
-    ids=["longer", "strided", "no bias", "expanded", "elsewhere", "no buffer", "parametrized"],
+    ids=[
+        "longer", "strided", "no bias", "expanded", "elsewhere", "another count", "a count elsewhere", "no buffer",
+        "parametrized",
+    ],
 )  # fmt: skip
 def test_what_lies_otherwise_is_the_norms_own(change: Any) -> None:
     """Kernels read by address alone."""

@@ -85,6 +85,15 @@ def exchanged(t: Tensor) -> Tensor:
     return torch.stack([t.detach(), t.detach() + 1], 1)[:, 0]
 
 
+def repeated(t: Tensor) -> Tensor:
+    """Its first value for each, in the same memory."""
+    return t.detach()[:1].expand(t.shape)
+
+
+def shorter(t: Tensor) -> Tensor:
+    return t.detach()[:-1]
+
+
 def _hook(of: nn.Module) -> None:
     of.register_forward_hook(lambda m, args, out: out * 0.5)
 
@@ -488,15 +497,18 @@ def test_a_tensor_of_another_dtype_or_kind_is_not_served(plain_launches: None) -
     assert not found.serves(x, with_norm=True)
 
 
+@pytest.mark.parametrize("exchange", [exchanged, repeated, shorter], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
-def test_kernels_are_not_given_vectors_with_gaps(name: str, plain_launches: None) -> None:
-    """Kernels read by address alone."""
+def test_kernels_are_not_given_vectors_with_gaps(
+    name: str, exchange: Callable[[Tensor], Tensor], plain_launches: None
+) -> None:
+    """Kernels read by address alone, and another view may begin at the one that is known."""
     model = net("ReLU")
     step(model, 0)
     found, x = model[0].settled(), model[0].op(batch(1), model[0].weight, None)
     assert found is not None and found.serves(x, with_norm=True)
     vector = getattr(norm_of(model), name)
-    vector.data = exchanged(vector)
+    vector.data = exchange(vector)
     assert model[0].settled() is found and not found.serves(x, with_norm=True)
 
 

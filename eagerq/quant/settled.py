@@ -33,6 +33,7 @@ _MEMBERS = ("_modules", "_parameters", "_buffers")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _members = dict.values
 _dtype = attrgetter("dtype")
+_size, _lies_together = Tensor.numel, Tensor.is_contiguous
 _END = object()
 
 class Unchanged:
@@ -112,6 +113,8 @@ class Settled:
         self._dtype, self._device, self._shape = x.dtype, x.get_device(), x.shape
         self._held, self._addresses = call.held.tensors, call.held.addresses
         self._dtypes = [*map(_dtype, self._held)]
+        self._vectors = [t for t in self._held if norm is not None and t.numel() > 1]
+        self._sizes = [*map(_size, self._vectors)]
 
     def holds(self, owner: nn.Module) -> bool:
         """Whether ``owner`` would come to these steps again."""
@@ -137,7 +140,12 @@ class Settled:
         # a tensor whose data was exchanged is the object it was; kernels are given addresses
         if [*map(address, self._held)] != self._addresses or [*map(_dtype, self._held)] != self._dtypes:
             return False
-        return not with_norm or (x.shape == self._shape and has_channels_last(x))  # of other sizes it is asked anew
+        if not with_norm:
+            return True
+        # another view of a vector's memory may begin where it did
+        if [*map(_size, self._vectors)] != self._sizes or not all(map(_lies_together, self._vectors)):
+            return False
+        return x.shape == self._shape and has_channels_last(x)  # of other sizes it is asked anew
 
 
 class Settles(nn.Module):

@@ -178,11 +178,14 @@ def is_plain_norm(norm: nn.Module, x: Tensor) -> bool:
     try:
         weight, bias = parameters["weight"], parameters["bias"]
         held = (weight, bias, buffers["running_mean"], buffers["running_var"])
+        batches = buffers["num_batches_tracked"]
     except KeyError:  # one of them is made by other code
         return False
-    if (weight is None) != (bias is None) or held[2] is None or held[3] is None or "num_batches_tracked" not in buffers:
+    if (weight is None) != (bias is None) or held[2] is None or held[3] is None:
         return False
     shape, device = x.shape[1:2], x.device
+    if batches is not None and (batches.dtype != torch.int64 or batches.device != device):
+        return False
     for t in held:  # kernels may read it by its address: one value for each of x's channels, side by side, where x lies
         if t is not None and not (type(t) in _VECTORS and t.shape == shape and t.is_contiguous() and t.device == device):
             return False
