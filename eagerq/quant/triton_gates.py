@@ -7,6 +7,7 @@ until there is one, all is computed.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -385,21 +386,32 @@ def _backwards(*before: Any) -> Over:
     return Over(_gated_backward, before, (not _interprets(), _BLOCK), _BLOCK, _BACKWARD_WAVES, _WARPS)
 
 
-class Gated:
-    """The launch bound to all but x; arguments as of ``plain_kernels.gated``."""
+class Steps:
+    """The launch of a function in quantized steps, bound to all but x; arguments as of ``plain_kernels.gated``."""
+
+    #: Launches of the kernel by its constants, and how many numbers its backward needs.
+    forwards: Callable[..., Over]
+    used: int
 
     def __init__(
         self, x: Tensor, state: list[Tensor], scratch: list[Tensor], hard: bool, constant: float | None, *grid: Any
     ) -> None:
-        self._launch = _forwards(hard, bool(scratch), *grid, constant is None)
-        self.held, self._scalars = Held(*(scratch or state[:1] * 3), *state), (float(constant or 0),)
+        self._launch = self.forwards(hard, bool(scratch), *grid, constant is None)
+        # without scratch memory an address at which nothing is read
+        self.held, self._scalars = Held(*(scratch or state[::4]), *state), (float(constant or 0),)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The result, which lies in memory as ``x`` does, and what its backward needs; with ``scratch`` the state learns."""
         x = dense(x)
-        out, used = torch.empty_like(x), plain.used_of(x, new=empty)
+        out, used = torch.empty_like(x), plain.used_of(x, self.used, empty)
         self._launch((x, out, used), self._scalars, self.held)
         return out, used
+
+
+class Gated(Steps):
+    """SiLU or Hardswish."""
+
+    forwards, used = staticmethod(_forwards), plain.USED
 
 
 def backward(grad: Tensor, x: Tensor, out: Tensor, used: Tensor, hard: bool, quant_min: int, quant_max: int) -> None:

@@ -8,15 +8,12 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from eagerq.quant import plain_kernels as plain
-from eagerq.quant.layout import dense
-from eagerq.quant.memory import Held, empty
-from eagerq.quant.triton_gates import _by, _gate, _gates_slope, _in_use, _learn_both, _note, _quantized
+from eagerq.quant.triton_gates import Steps, _by, _gate, _gates_slope, _in_use, _learn_both, _note, _quantized
 from eagerq.quant.triton_kernels import _give, _interprets, _load, _seen, _state, _store
 from eagerq.quant.triton_launch import Over
 
@@ -117,21 +114,10 @@ def _backwards(*before: Any) -> Over:
     return Over(_sigmoid_backward, before, (not _interprets(), _BLOCK), _BLOCK, _WAVES, _WARPS)
 
 
-class Sigmoid:
-    """The launch bound to all but x; arguments as of ``plain_kernels.sigmoid``."""
+class Sigmoid(Steps):
+    """Arguments as of ``plain_kernels.sigmoid``."""
 
-    def __init__(
-        self, x: Tensor, state: list[Tensor], scratch: list[Tensor], hard: bool, constant: float | None, *grid: Any
-    ) -> None:
-        self._launch = _forwards(hard, bool(scratch), *grid, constant is None)
-        self.held, self._scalars = Held(*(scratch or state[:1] * 2), *state), (float(constant or 0),)
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The result, which lies in memory as ``x`` does, and what its backward needs; with ``scratch`` the state learns."""
-        x = dense(x)
-        out, used = torch.empty_like(x), plain.used_of(x, plain.SIGMOID_USED, empty)
-        self._launch((x, out, used), self._scalars, self.held)
-        return out, used
+    forwards, used = staticmethod(_forwards), plain.SIGMOID_USED
 
 
 def backward(grad: Tensor, x: Tensor, out: Tensor, used: Tensor, hard: bool, quant_min: int, quant_max: int) -> None:
