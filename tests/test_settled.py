@@ -24,6 +24,11 @@ from eagerq.quant import FakeQuantize, QuantSpec, settled
 from eagerq.quant.observer import Observer
 from eagerq.quant.ranks import Ranks
 
+
+class Kind(Tensor):
+    """A user's own."""
+
+
 ACTS: dict[str, Callable[[], list[nn.Module]]] = {
     "none": list,
     "ReLU": lambda: [nn.ReLU()],
@@ -92,6 +97,10 @@ def repeated(t: Tensor) -> Tensor:
 
 def shorter(t: Tensor) -> Tensor:
     return t.detach()[:-1]
+
+
+def folded(t: Tensor) -> Tensor:
+    return t.detach().view(2, -1)
 
 
 def _hook(of: nn.Module) -> None:
@@ -483,9 +492,6 @@ def test_a_shallow_copy_uses_nothing_of_its_original(plain_launches: None) -> No
 
 
 def test_a_tensor_of_another_dtype_or_kind_is_not_served(plain_launches: None) -> None:
-    class Kind(Tensor):
-        pass
-
     model = net("ReLU", norm=False)
     quantizer = model[0].input_fake_quant
     assert isinstance(quantizer, FakeQuantize)
@@ -497,7 +503,7 @@ def test_a_tensor_of_another_dtype_or_kind_is_not_served(plain_launches: None) -
     assert not found.serves(x, with_norm=True)
 
 
-@pytest.mark.parametrize("exchange", [exchanged, repeated, shorter], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("exchange", [exchanged, repeated, shorter, folded], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
 def test_kernels_are_not_given_vectors_with_gaps(
     name: str, exchange: Callable[[Tensor], Tensor], plain_launches: None
@@ -509,6 +515,30 @@ def test_kernels_are_not_given_vectors_with_gaps(
     assert found is not None and found.serves(x, with_norm=True)
     vector = getattr(norm_of(model), name)
     vector.data = exchange(vector)
+    assert model[0].settled() is found and not found.serves(x, with_norm=True)
+
+
+def _of_a_class(of: Any, name: str) -> None:
+    getattr(of, name).__class__ = Kind
+
+
+def _swapped(of: Any, name: str) -> None:
+    old = getattr(of, name)
+    torch.utils.swap_tensors(old, old.detach().as_subclass(Kind).requires_grad_(old.requires_grad))
+
+
+@pytest.mark.parametrize("change", [_of_a_class, _swapped])
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+def test_kernels_are_not_given_vectors_of_other_classes(
+    name: str, change: Callable[[Any, str], None], plain_launches: None
+) -> None:
+    """Which compute otherwise, and lie where plain ones did."""
+    model = net("ReLU")
+    step(model, 0)
+    found, x = model[0].settled(), model[0].op(batch(1), model[0].weight, None).detach()
+    assert found is not None and found.serves(x, with_norm=True)
+    model.zero_grad()
+    change(norm_of(model), name)
     assert model[0].settled() is found and not found.serves(x, with_norm=True)
 
 
@@ -535,8 +565,44 @@ def test_a_norms_vectors_are_looked_at_again(name: str, plain_launches: None) ->
     assert model[0].settled().serves(x, with_norm=True)
 
 
+@pytest.mark.parametrize(
+    ("act", "norm", "with_norm"),
+    [("none", True, True), ("ReLU", True, True)]
+    + [(act, norm, norm) for act in ("SiLU", "Hardswish") for norm in (True, False)]
+    + [(act, norm, False) for act in ("GELU", "Sigmoid", "Hardsigmoid", "input") for norm in (True, False)],
+)
+def test_what_kernels_are_given_is_what_is_looked_at(act: str, norm: bool, with_norm: bool, launches: dict[str, int]) -> None:
+    model = net("none" if act == "input" else act, norm)
+    step(model, 0)
+    module = model[0].input_fake_quant if act == "input" else model[0]
+    found = module.settled()
+    assert found.with_norm == with_norm
+    others = () if act == "input" else (model[0].input_fake_quant, model[0].weight_fake_quant)
+    quantizers = [m for m in module.modules() if isinstance(m, FakeQuantize) and m not in others]
+    given = [t for q in quantizers for t in (*q.state, q.scratch)]
+    if with_norm:
+        given += [*norm_of(model).parameters(), *norm_of(model).buffers()]
+    assert {*map(id, found._held)} == {*map(id, given)}
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_kernels_are_not_given_states_of_other_dtypes(at: int, launches: dict[str, int]) -> None:
+    """As ``load_state_dict`` brings with ``assign``."""
+    module: Any = net("none", norm=False)[0]
+    module.weight_fake_quant(module.weight)
+    assert launches.pop("weight_forward") == 1
+    for quantizer in (module.weight_fake_quant, module.activation_post_process):
+        assert quantizer.has_kernels_state(batch(0))
+        values = quantizer.state[at]
+        values.data = values.data.to(torch.int64 if at == 1 else torch.float64)
+        assert not quantizer.has_kernels_state(batch(0))
+    assert module.weight_fake_quant(module.weight).isfinite().all()
+    assert "weight_forward" not in launches
+
+
+@pytest.mark.parametrize("exchange", [torch.bfloat16, torch.int32], ids=["elsewhere", "where it lies"])
 @pytest.mark.parametrize("act", ["none", "SiLU", "Sigmoid"])
-def test_a_scale_is_looked_at_again(act: str, plain_launches: None) -> None:
+def test_a_scale_is_looked_at_again(act: str, exchange: torch.dtype, plain_launches: None) -> None:
     """Kernels read its bytes as float32."""
     model = net(act)
     step(model, 0)
@@ -546,7 +612,8 @@ def test_a_scale_is_looked_at_again(act: str, plain_launches: None) -> None:
         quantizer = module if isinstance(module, FakeQuantize) else module.activation_post_process
         x = x.contiguous(memory_format=torch.channels_last)
         assert found is not None and found.serves(x, with_norm)
-        quantizer.scale.data = quantizer.scale.data.bfloat16()
+        scale = quantizer.scale.data
+        quantizer.scale.data = scale.view(exchange) if exchange.itemsize == scale.itemsize else scale.to(exchange)
         assert module.settled() is found and not found.serves(x, with_norm)
 
 

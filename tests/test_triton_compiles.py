@@ -23,6 +23,7 @@ from eagerq.quant import (  # noqa: E402
     triton_norms,
     triton_sigmoids,
 )
+from eagerq.quant.memory import Held  # noqa: E402
 
 #: What a launch may leave out, here all or nothing; a range that is symmetric, or not.
 FLAGS = (
@@ -142,9 +143,9 @@ def test_what_was_compiled_is_launched_by_triton_where_there_is_no_other(monkeyp
 
             return launch
 
-    x = torch.zeros(3)
+    x, y = torch.zeros(3), torch.zeros(4)
     plan = triton_launch.Plan(Kernel(), (64,), num_warps=2)
-    plan.launch(11, 5, (x,), (3,))
-    plan.launch(11, 5, (x,), (3,))
-    assert sent[0] == ((5,), (x, 3, 64), {"enable_fp_fusion": False, "num_warps": 2})
-    assert sent[1:] == [(5, 1, 1, 11, 7, "packed", None, None, None, x.data_ptr(), 3, 64)]
+    for _ in range(2):
+        plan.launch(11, 5, (x,), (3,), Held(y))
+    assert sent[0] == ((5,), (x, y, 3, 64), {"enable_fp_fusion": False, "num_warps": 2})
+    assert sent[1:] == [(5, 1, 1, 11, 7, "packed", None, None, None, x.data_ptr(), y.data_ptr(), 3, 64)]

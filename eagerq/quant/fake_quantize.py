@@ -27,6 +27,8 @@ from eagerq.quant.settled import Settles
 
 #: Values of the least sample of a batch whose quantizer and observer are left to compilers on CUDA; batches of 128 were measured.
 FEWEST_FUSED = 2**13
+#: What kernels read a state as.
+_KERNELS_STATE = (torch.float32, torch.int32, torch.float32, torch.float32)
 
 
 def is_recomputing() -> bool:
@@ -114,8 +116,8 @@ class FakeQuantize(Settles, Quantizer):
 
     def has_kernels_state(self, x: Tensor) -> bool:
         """Whether the state is what kernels read, where x lies: they are given addresses."""
-        scale: Any = self._buffers["scale"]
-        return bool(scale.dtype == torch.float32 and scale.device == x.device)
+        state, device = self.state, x.device
+        return tuple([t.dtype for t in state]) == _KERNELS_STATE and all(t.device == device for t in state)
 
     def _is_fast_on_cpu(self, x: Tensor) -> bool:
         if x.device.type != "cpu" or type(x) is not Tensor or x.dtype != self.scale.dtype or not self.is_learned_by_kernels:
@@ -308,6 +310,7 @@ class FakeQuantize(Settles, Quantizer):
             and self.spec.observer == "min_max"
             and bool(x.numel())
             and fast_kernels.are_fast(x)
+            and self.has_kernels_state(x)
             and not is_transformed()
         )
 

@@ -24,7 +24,7 @@ from eagerq.quant.operators import Call
 #: What decides, of the attributes of modules, quantizers, norms and activations, and of observers.
 _ATTRIBUTES = (
     "training", "fake_quant_enabled", "observer_enabled", "observed", "spec", "qconfig",
-    "momentum", "eps", "track_running_stats", "gate", "squash", "min_val", "max_val", "approximate",
+    "momentum", "eps", "track_running_stats", "gate", "squash", "min_val", "max_val", "approximate", "profile",
 )  # fmt: skip
 _OF_OBSERVERS = ("ranks",)
 #: What a module holds members in.
@@ -33,7 +33,7 @@ _MEMBERS = ("_modules", "_parameters", "_buffers")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _members = dict.values
 _dtype = attrgetter("dtype")
-_size, _lies_together = Tensor.numel, Tensor.is_contiguous
+_size, _lies_together = Tensor.size, Tensor.is_contiguous
 _END = object()
 
 class Unchanged:
@@ -112,7 +112,7 @@ class Settled:
         self._unchanged = Unchanged(owner, parts)
         self._dtype, self._device, self._shape = x.dtype, x.get_device(), x.shape
         self._held, self._addresses = call.held.tensors, call.held.addresses
-        self._dtypes = [*map(_dtype, self._held)]
+        self._kinds, self._dtypes = [*map(type, self._held)], [*map(_dtype, self._held)]
         self._vectors = [t for t in self._held if norm is not None and t.numel() > 1]
         self._sizes = [*map(_size, self._vectors)]
 
@@ -137,8 +137,9 @@ class Settled:
             return False
         if x.dtype != self._dtype or x.get_device() != self._device:
             return False
-        # a tensor whose data was exchanged is the object it was; kernels are given addresses
-        if [*map(address, self._held)] != self._addresses or [*map(_dtype, self._held)] != self._dtypes:
+        # a tensor whose data or class was exchanged is the object it was; kernels are given addresses
+        held = self._held
+        if [*map(address, held)] != self._addresses or [*map(_dtype, held)] != self._dtypes or [*map(type, held)] != self._kinds:
             return False
         if not with_norm:
             return True
